@@ -1,0 +1,165 @@
+"""What a model can do: structural protocols of a few methods. An adapter has a capability when it has its methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class Latents:
+    """What `encode` returns when it knows more than a tensor."""
+
+    data: Any  # a tensor, or coded bytes for a codec
+    bits: Sequence[float]  # per item, as stored; a plain tensor counts its dtype
+    side_bits: Sequence[float] = ()  # per item: conditioning frame, text, seeds
+    indices: Tensor | None = None  # int64 [B, ...], discrete codes, for usage and entropy
+
+
+@dataclass
+class Condition:
+    """A prompt as a denoiser sees it."""
+
+    hidden: Any  # [B, L, c]
+    pooled: Any = None  # [B, c]
+    mask: Any = None  # [B, L]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a chat model said."""
+
+    text: str
+    parsed: Any = None  # the object, where a schema was asked for
+    choices: Mapping[str, float] | None = None  # probabilities, where choices were asked for
+    finish: str = "stop"
+    key: str = ""  # of the reply in the record/replay store
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a VQA model answered: probabilities over the choices, or None when it abstains."""
+
+    probabilities: Sequence[float] | None
+    key: str = ""
+
+
+@runtime_checkable
+class TextToImage(Protocol):
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """float32 [B, 3, H, W] in [0, 1], not rounded; image i depends on prompts[i] and seeds[i] alone."""
+
+
+@runtime_checkable
+class ClassToImage(Protocol):
+    num_classes: int
+
+    def generate_classes(self, labels: Sequence[int], seeds: Sequence[int]) -> Tensor:
+        """float32 [B, 3, H, W] in [0, 1], not rounded; image i depends on labels[i] and seeds[i] alone."""
+
+
+@runtime_checkable
+class Autoencoder(Protocol):
+    def encode(self, images: Tensor) -> Tensor | Latents:
+        """images float32 [B, 3, H, W] in [-1, 1]."""
+
+    def decode(self, latents: Tensor | Latents, seeds: Sequence[int] | None = None) -> Tensor:
+        """float32 [B, 3, H, W], not clamped; seeds=None: the posterior's mode, the deterministic decoder."""
+
+
+@runtime_checkable
+class VideoAutoencoder(Protocol):
+    def encode_video(self, clips: Tensor) -> Tensor | Latents:
+        """clips float32 [B, 3, T, H, W] in [-1, 1]."""
+
+    def decode_video(self, latents: Tensor | Latents, seeds: Sequence[int] | None = None) -> Tensor:
+        """float32 [B, 3, T, H, W], not clamped."""
+
+
+@runtime_checkable
+class DenoiserAccess(Protocol):
+    """White box: gradients flow through all of it."""
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """int64 [B, L]."""
+
+    def detokenize(self, ids: Tensor) -> list[str]: ...
+
+    def token_embeddings(self) -> Tensor:
+        """[V, d]."""
+
+    def condition(self, ids: Tensor, embeddings: Tensor | None = None) -> Condition:
+        """embeddings [B, L, d] replace those of ids."""
+
+    def to_latent(self, images: Tensor) -> Tensor:
+        """images in [-1, 1] -> z: posterior mean, scaled."""
+
+    def from_latent(self, z: Tensor) -> Tensor: ...
+
+    def latent_shape(self, size: int) -> tuple[int, int, int]: ...
+
+    def add_noise(self, z: Tensor, t: Tensor, noise: Tensor) -> Tensor: ...
+
+    def target(self, z0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What `predict` should return, of the model's own prediction type."""
+
+    def predict(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor: ...
+
+    def sample(
+        self, condition: Condition, seeds: Sequence[int], guidance: float, steps: int, stop_at: int | None = None
+    ) -> Tensor:
+        """z; `stop_at` ends the trajectory early (ESD needs partial ones)."""
+
+    def modules(self) -> Mapping[str, Any]:
+        """ "unet", "text_encoder": what recipes train."""
+
+    def clone(self) -> DenoiserAccess:
+        """The frozen teacher."""
+
+
+@runtime_checkable
+class ChatModel(Protocol):
+    def complete(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        schema: Any = None,
+        choices: Sequence[str] | None = None,
+        seed: int = 0,
+        max_tokens: int = 512,
+    ) -> Completion: ...
+
+
+@runtime_checkable
+class VQAModel(Protocol):
+    def answer(self, image: Tensor, question: str, choices: Sequence[str]) -> Answer: ...
+
+
+CAPABILITIES: tuple[type, ...] = (
+    TextToImage,
+    ClassToImage,
+    Autoencoder,
+    VideoAutoencoder,
+    DenoiserAccess,
+    ChatModel,
+    VQAModel,
+)
+
+
+def methods(capability: type) -> tuple[str, ...]:
+    """The names of the methods that make up a capability."""
+    return tuple(sorted(n for n, v in vars(capability).items() if callable(v) and not n.startswith("_")))
+
+
+def has(obj: Any, capability: type) -> bool:
+    """Does an object, or a class before it is opened, have the methods of a capability?"""
+    return all(callable(getattr(obj, name, None)) for name in methods(capability))
+
+
+def held(obj: Any) -> tuple[str, ...]:
+    """The names of the capabilities that an object or class has."""
+    return tuple(c.__name__ for c in CAPABILITIES if has(obj, c))

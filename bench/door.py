@@ -1,0 +1,191 @@
+"""The one door through which the harness writes: append, replace, exclusive lock. Durable, or an Error that says so."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from bench.types import Error
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_folder(folder: Path) -> Path:
+    """Creates a folder and its parents, durably."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    with _explained("create", missing[0] if missing else folder):
+        for path in reversed(missing):
+            path.mkdir(exist_ok=True)
+            sync_folder(path.parent)
+    return missing[0] if missing else folder
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Writes every byte: a short write is continued, so that it never counts as whole."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def replace(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Writes a whole file or leaves the old one: temporary file in the same folder, fsync, rename, fsync of the folder."""
+    with _explained("write", path):
+        temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+            try:
+                write_all(fd, data)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.rename(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        sync_folder(path.parent)
+
+
+def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Lets `fill` write into an empty temporary folder beside `path`, makes it durable and puts it in place of `path`."""
+    with _explained("write", path):
+        make_folder(path.parent)
+        temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
+        old = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.old")
+        temporary.mkdir()
+        try:
+            fill(temporary)
+            for folder, _, files in os.walk(temporary):
+                for name in files:
+                    with open(os.path.join(folder, name), "rb") as file:
+                        os.fsync(file.fileno())
+                sync_folder(Path(folder))
+            if path.exists():
+                os.rename(path, old)
+            os.rename(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if old.exists() and not path.exists():
+                os.rename(old, path)
+            raise
+        sync_folder(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+class Appender:
+    """A file that only grows. Each `append` is durable when it returns; after a failure the file is not touched again."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with _explained("open", path):
+            new = not path.exists()
+            self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            if new:
+                sync_folder(path.parent)
+
+    def append(self, data: bytes) -> None:
+        if self.fd < 0:
+            raise Error(f"{self.path} is closed after a failed write", hint="run the same command again")
+        try:
+            with _explained("append to", self.path):
+                write_all(self.fd, data)
+                os.fsync(self.fd)
+        except BaseException:
+            self.close()  # a second fsync may lie: what is on disk is found out by reading it again
+            raise
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+@contextlib.contextmanager
+def lock(path: Path, what: str) -> Iterator[None]:
+    """Holds `path` for this process alone; the kernel lets go when the process dies. `what` is named to the loser."""
+    import fcntl
+
+    owner = f"{socket.gethostname()} pid {os.getpid()}"
+    with _explained("lock", path):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    exclusive = None
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                exclusive = _lock_by_name(path, what, owner)
+            else:
+                holder = os.pread(fd, 200, 0).decode("utf-8", "replace").strip() or "another process"
+                raise Error(
+                    f"{what} is being written by {holder}", hint="wait for it, or stop it; nothing was changed"
+                ) from None
+        with _explained("lock", path):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, (owner + "\n").encode(), 0)
+        yield
+    finally:
+        if exclusive:
+            with contextlib.suppress(OSError):
+                os.unlink(exclusive)
+        os.close(fd)
+
+
+def _lock_by_name(path: Path, what: str, owner: str) -> Path:
+    """For file systems without flock: an exclusively created file; a stale one of this host is taken over."""
+    name = path.with_suffix(".exclusive")
+    stamp = f"{owner} {_started(os.getpid())}"
+    for _ in range(2):
+        try:
+            fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except FileExistsError:
+            holder = name.read_text(errors="replace").strip()
+            host, _, rest = holder.partition(" pid ")
+            pid, _, started = rest.partition(" ")
+            if host == socket.gethostname() and pid.isdigit() and _started(int(pid)) != started:
+                with contextlib.suppress(OSError):
+                    os.unlink(name)
+                continue
+            raise Error(
+                f"{what} is being written by {holder}",
+                hint=f"if that process is gone, remove {name}",
+            ) from None
+        with os.fdopen(fd, "w") as file:
+            file.write(stamp)
+        return name
+    raise Error(f"{what}: cannot take the lock {name}", hint="run the same command again")
+
+
+def _started(pid: int) -> str:
+    """Boot id and start time of a process: a pid that was reused differs; empty when it does not run."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[19]}"
+    except OSError:
+        return ""
+
+
+@contextlib.contextmanager
+def _explained(verb: str, path: Path) -> Iterator[None]:
+    """Turns an OSError into an Error that names the file and the reason."""
+    try:
+        yield
+    except OSError as e:
+        hint = "what was saved before is still there; make room or mend the folder, then run the same command again"
+        raise Error(f"cannot {verb} {e.filename or path}: {e.strerror or e}", hint=hint) from e

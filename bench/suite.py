@@ -1,0 +1,129 @@
+"""Suite and Metric: what to run, what to measure, how to reduce it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from bench.types import Estimate, Figure, Item, Media, Score, Table, Unit
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+class Context(Protocol):
+    """What `run` and `measure` may ask for. Images come decoded and checked; seeds have addresses."""
+
+    device: torch.device
+
+    def batches(self, unit: Unit) -> Iterator[list[str]]:
+        """The unit's items, at most the current batch size at a time."""
+
+    def item(self, id: str) -> Item: ...
+
+    def images(self, ids: Sequence[str], size: int, resize: str = "adm") -> torch.Tensor:
+        """float32 [B, 3, size, size] in [-1, 1] on the device; `resize` names a function of `bench.images`."""
+
+    def seed(self, item: str, stream: str = "latent") -> int:
+        """63 bits from (root seed, suite, version, item, stream): the same on any engine, shard, batch or order."""
+
+    def generator(self, item: str, stream: str) -> torch.Generator:
+        """A CPU generator with that seed."""
+
+    def judge(self, name: str) -> Any:
+        """The adapter that the suite's field `name` (of type Model) names; opened once per worker."""
+
+    def weights(self, name: str) -> Path:
+        """The verified file of a weights manifest (`data_manifests/weights/<name>.toml`)."""
+
+    def scratch(self, unit: Unit) -> Path:
+        """A folder that survives failure and is removed after success."""
+
+
+class Metric(Protocol):
+    """Measures per batch, reduces over all.
+
+    A metric is a frozen dataclass: its fields are part of its signature.
+    """
+
+    name: str
+    version: int
+    unit: str
+    better: Literal["higher", "lower", "none"]
+
+    def measure(self, media: Media, ctx: Context) -> Mapping[str, Sequence[Any] | np.ndarray]:
+        """Lists of length B become columns of the rows; float arrays [B, d] become features."""
+
+    def reduce(self, table: Table) -> Estimate | Mapping[str, Estimate]:
+        """One estimate, or several by name: {"": psnr, "edge": ...} become scores `psnr` and `psnr.edge`."""
+
+    def signature(self, table: Table) -> str:
+        """What the number means, enough to compare or refuse it: `psnr|range:255|round|v:1`."""
+
+
+@dataclass(frozen=True)
+class Suite(ABC):
+    """A suite is its configuration: its fields are its parameters, typed, with defaults. Facts of the class are ClassVar.
+
+    `run` yields (ids, media): arrays or tensors [B, ...] are media; lists of length B become columns of the rows.
+    Float pictures lie in `value_range`; uint8 pictures are [B, 3, H, W].
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int]  # raise it when old records must not be reused
+    requires: ClassVar[tuple[type, ...]] = ()  # capabilities of the model under test
+    metrics: ClassVar[tuple[Metric, ...]] = ()  # or a property, where a field decides
+    slices: ClassVar[tuple[str, ...]] = ()  # columns to disaggregate by
+    sensitive: ClassVar[bool] = False  # galleries are blurred, media not exported
+    value_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
+
+    @abstractmethod
+    def units(self, data: Any) -> Iterator[Unit]:
+        """`data` is the manifest that the field `data` names, or None where the suite has no such field."""
+
+    @abstractmethod
+    def run(self, unit: Unit, model: Any, ctx: Context) -> Iterator[tuple[Sequence[str], Media]]: ...
+
+    def score(self, table: Table) -> list[Score]:
+        """Every metric over all rows and, for each column of `slices`, over the rows of each of its values."""
+        parts = [("all", table)]
+        for column in self.slices:
+            for value in sorted({str(v) for v in table.column(column) if v is not None}):
+                parts.append((f"{column}={value}", table.where(column, value)))
+        return [score for name, part in parts for metric in self.metrics for score in self._reduce(metric, name, part)]
+
+    def _reduce(self, metric: Metric, slice: str, table: Table) -> Iterator[Score]:
+        found = metric.reduce(table)
+        for suffix, estimate in (found if isinstance(found, Mapping) else {"": found}).items():
+            yield Score(
+                run="",
+                suite=self.name,
+                suite_version=self.version,
+                model="",
+                seed=table.seed,
+                metric=f"{metric.name}.{suffix}" if suffix else metric.name,
+                slice=slice,
+                value=estimate.value,
+                low=estimate.low,
+                high=estimate.high,
+                method=estimate.method,
+                n=estimate.n,
+                expected=table.expected,
+                complete=estimate.n == table.expected or bool(estimate.note),
+                unit=metric.unit,
+                better=metric.better,
+                signature=metric.signature(table),
+                note=estimate.note,
+            )
+
+    def figures(self, table: Table) -> Iterator[Figure]:
+        """Plots of one run; none by default."""
+        return iter(())
+
+    def artifacts(self, table: Table) -> Iterator[tuple[str, bytes]]:
+        """Files to keep with the run (a gate card, a fit); none by default."""
+        return iter(())
