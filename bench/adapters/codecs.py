@@ -27,8 +27,10 @@ class Codec:
 
     `quality` is the codec's own scale, so it can be compared within a format only; bits can be compared between them.
     jpeg 1..100, webp and avif 0..100: higher is better, default 75. jpeg2000: the peak signal-to-noise ratio that the
-    encoder aims at, 20..60 dB, default 40. Encoders run at Pillow's default effort: Huffman tables of the standard
-    (jpeg), method 4 (webp), speed 6 of libaom on one thread (avif), the irreversible 9/7 wavelet (jpeg2000).
+    encoder aims at, 20..60 dB, default 40 (rounding to 8 bits keeps it from passing 52 dB).
+
+    Encoders run at Pillow's default effort: the standard's Huffman tables (jpeg), method 4 (webp), speed 6 of libaom
+    on one thread (avif), the irreversible 9/7 wavelet (jpeg2000).
 
     Raises UsageError for an unknown format, a quality out of range or a subsampling that the format lacks, and Error
     where this Pillow was built without the format.
