@@ -1,0 +1,1 @@
+"""Autoencoder reconstruction: how much of a picture survives decode(encode(x))?"""
