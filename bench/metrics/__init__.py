@@ -1,0 +1,21 @@
+"""Metrics: pure functions (arrays in, numbers out) in the modules, and a thin `Metric` for each, found here by name."""
+
+_HOME = {
+    "PSNR": "pixel",
+    "SSIM": "ssim",
+    "MSSSIM": "ssim",
+    "LPIPS": "lpips",
+    "Frechet": "frechet",
+    "PairwiseFeatureDistance": "frechet",
+    "BitsPerPixel": "rate",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        from importlib import import_module
+
+        return getattr(import_module(f"bench.metrics.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'bench.metrics' has no attribute {name!r}")

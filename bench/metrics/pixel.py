@@ -1,0 +1,138 @@
+"""PSNR on the pictures as they would be saved: 8-bit, exact integer sums, one number per picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from bench.types import Error, Estimate, Table, UsageError
+
+QUANTISE = ("round", "trunc", "vavae", "none")
+
+
+def quantise(x: Any, mode: str = "round", value_range: tuple[float, float] = (-1.0, 1.0)) -> Any:
+    """uint8 [B, 3, H, W] of float pictures in `value_range`; torch in, torch out, NumPy in, NumPy out.
+
+    `round` rounds half up: floor(clamp((v + 1) * 127.5, 0, 255) + 0.5), the canonical form; `trunc` drops the fraction;
+    `vavae` truncates clamp(127.5 v + 128) as LightningDiT's evaluate_tokenizer.py does; `none` leaves floats alone.
+    8-bit pictures pass unchanged. Raises Error where a value is not finite.
+    """
+    import torch
+
+    if mode not in QUANTISE:
+        raise UsageError(f"quantise {mode!r} is not one of {', '.join(QUANTISE)}")
+    if isinstance(x, np.ndarray):
+        return quantise(torch.from_numpy(np.ascontiguousarray(x)), mode, value_range).numpy()
+    if x.dtype == torch.uint8:
+        return x
+    if not x.is_floating_point():
+        raise Error(
+            f"pictures of type {x.dtype} are neither uint8 nor float", hint="convert them to uint8 [B, 3, H, W]"
+        )
+    if not torch.isfinite(x).all():
+        raise Error("a picture holds NaN or infinity", hint="look at the model's output before it is scored")
+    if mode == "none":
+        return x
+    low, high = value_range
+    levels = x if x.dtype == torch.float64 else x.float()
+    levels = (levels - low) * (255.0 / (high - low))
+    if mode == "vavae":
+        levels = levels + 0.5
+    levels = levels.clamp(0.0, 255.0)
+    return (levels + 0.5 if mode == "round" else levels).to(torch.uint8)  # the cast drops the fraction
+
+
+def mse(x: Any, y: Any) -> np.ndarray:
+    """Mean squared difference of each pair, float64 [B]; x, y of one shape [B, ...], both uint8 or both float.
+
+    8-bit pictures give the exact integer sum divided once; floats are subtracted in float64. Units: levels squared.
+    """
+    import torch
+
+    x, y = _tensor(x), _tensor(y)
+    same_shape(x, y)
+    if x.dtype == torch.uint8 and y.dtype == torch.uint8:
+        difference = x.to(torch.int32) - y.to(torch.int32)
+        total = (difference * difference).flatten(1).sum(1)  # int64
+    else:
+        difference = x.double() - y.double()
+        total = (difference * difference).flatten(1).sum(1)
+    return total.cpu().numpy().astype(np.float64) / max(1, x[0].numel() if len(x) else 1)
+
+
+def psnr(x: Any, y: Any, data_range: float | None = None) -> np.ndarray:
+    """10 log10(range^2 / mse) in dB of each pair, float64 [B]; identical pictures give inf.
+
+    x, y of one shape [B, ...]; `data_range` is 255 for uint8 and must be given for floats (2 for [-1, 1]).
+    """
+    if data_range is None:
+        if not (str(x.dtype).endswith("uint8") and str(y.dtype).endswith("uint8")):
+            raise UsageError("psnr of floats needs a data_range", hint="2.0 for pictures in [-1, 1], 1.0 for [0, 1]")
+        data_range = 255.0
+    with np.errstate(divide="ignore"):
+        return 10.0 * np.log10(data_range**2 / mse(x, y))
+
+
+def same_shape(x: Any, y: Any) -> None:
+    """Raises Error unless two batches of pictures have one shape."""
+    if tuple(x.shape) != tuple(y.shape):
+        raise Error(f"pictures to compare differ in shape: {list(x.shape)} and {list(y.shape)}")
+
+
+def null_where_not_finite(values: Sequence[float] | np.ndarray) -> list[float | None]:
+    """A column for the rows: no infinity and no NaN is ever stored."""
+    return [float(v) if np.isfinite(v) else None for v in values]
+
+
+def mean_of_rows(table: Table, column: str, withheld: int = 0, reason: str = "") -> Estimate:
+    """Mean of a column's non-null rows with a clustered interval.
+
+    `withheld` nulls were made by a rule that `reason` names; the note is given only when they explain every null, as a
+    note says that nothing is missing.
+    """
+    from bench import stats
+
+    values = table.values(column)
+    n = int(np.isfinite(values).sum())
+    found = stats.mean(values, clusters=table.clusters(), seed=table.seed) if n else Estimate(None)
+    if withheld and n + withheld == table.expected:
+        return replace(found, note=reason)
+    return replace(found, note=found.note if n == table.expected else "")
+
+
+def _tensor(x: Any) -> Any:
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x
+
+
+@dataclass(frozen=True)
+class PSNR:
+    """Peak signal-to-noise ratio per picture; an identical copy is null and counted in the column `identical`."""
+
+    real: str = "image"  # media name
+    fake: str = "recon"
+    quantise: str = "round"  # both pictures, before they are compared; "none" compares floats
+    value_range: tuple[float, float] = (-1.0, 1.0)  # of float media
+
+    name = "psnr"
+    version = 1
+    unit = "dB"
+    better = "higher"
+
+    def measure(self, media, ctx):
+        x = quantise(media[self.real], self.quantise, self.value_range)
+        y = quantise(media[self.fake], self.quantise, self.value_range)
+        decibels = psnr(x, y, 255.0 if self.quantise != "none" else self.value_range[1] - self.value_range[0])
+        return {self.name: null_where_not_finite(decibels), "identical": [bool(np.isinf(v)) for v in decibels]}
+
+    def reduce(self, table):
+        identical = sum(bool(v) for v in table.column("identical"))
+        return mean_of_rows(table, self.name, identical, f"{identical} identical")
+
+    def signature(self, table):
+        span = "255" if self.quantise != "none" else f"{self.value_range[1] - self.value_range[0]:g}"
+        return f"psnr|range:{span}|{self.quantise}|v:{self.version}"
