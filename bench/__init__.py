@@ -1,6 +1,6 @@
 """Touchstone: scores generative image and video models the way the papers do, and says how sure it is.
 
-Importing this package loads NumPy and nothing heavier; torch is imported by what needs it.
+Importing this package loads the standard library alone; heavier things are imported by what needs them.
 """
 
 from bench.capabilities import (

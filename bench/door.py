@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench.types import Error
+from bench.types import Error, Stop
 
 
 def sync_folder(folder: Path) -> None:
@@ -88,6 +88,17 @@ def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def truncate(path: Path, size: int) -> None:
+    """Cuts a file to its first `size` bytes, durably."""
+    with _explained("cut", path):
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            os.ftruncate(fd, size)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
 class Appender:
     """A file that only grows. Each `append` is durable when it returns; after a failure the file is not touched again."""
 
@@ -101,7 +112,7 @@ class Appender:
 
     def append(self, data: bytes) -> None:
         if self.fd < 0:
-            raise Error(f"{self.path} is closed after a failed write", hint="run the same command again")
+            raise Stop(f"{self.path} is closed after a failed write", hint="run the same command again")
         try:
             with _explained("append to", self.path):
                 write_all(self.fd, data)
@@ -183,9 +194,9 @@ def _started(pid: int) -> str:
 
 @contextlib.contextmanager
 def _explained(verb: str, path: Path) -> Iterator[None]:
-    """Turns an OSError into an Error that names the file and the reason."""
+    """Turns an OSError into a Stop that names the file and the reason: nothing is downgraded to a warning."""
     try:
         yield
     except OSError as e:
         hint = "what was saved before is still there; make room or mend the folder, then run the same command again"
-        raise Error(f"cannot {verb} {e.filename or path}: {e.strerror or e}", hint=hint) from e
+        raise Stop(f"cannot {verb} {e.filename or path}: {e.strerror or e}", hint=hint) from e

@@ -113,7 +113,7 @@ class Suite(ABC):
                 method=estimate.method,
                 n=estimate.n,
                 expected=table.expected,
-                complete=estimate.n == table.expected or bool(estimate.note),
+                complete=len(table) == table.expected and (estimate.n == table.expected or bool(estimate.note)),
                 unit=metric.unit,
                 better=metric.better,
                 signature=metric.signature(table),

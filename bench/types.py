@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 Json: TypeAlias = "None | bool | int | float | str | Sequence[Json] | Mapping[str, Json]"
 Media: TypeAlias = Mapping[str, Any]
@@ -21,6 +22,10 @@ class Error(ValueError):
     def __init__(self, message: str, hint: str = ""):
         super().__init__(message)
         self.hint = hint
+
+
+class Stop(Error):
+    """The whole run must stop, whatever unit is being measured: the disk is full, a key was refused."""
 
 
 class UsageError(Error):
@@ -129,7 +134,7 @@ class Figure:
 
 
 class Table:
-    """The rows of a run, one per item, with the features that belong to them. Light: NumPy only.
+    """The rows of a run, one per item, with the features that belong to them. Light: no data frame needed.
 
     `frame()` gives a pandas data frame. Rows of failed units are absent; `expected` counts what should be there.
     """
@@ -157,6 +162,8 @@ class Table:
 
     def values(self, name: str) -> np.ndarray:
         """A column as float64 [N]; NaN where it is null."""
+        import numpy as np
+
         return np.array([np.nan if row.get(name) is None else float(row[name]) for row in self.rows], dtype=np.float64)
 
     def clusters(self) -> list[str]:
@@ -172,6 +179,8 @@ class Table:
 
     def where(self, column: str, value: Any) -> Table:
         """The rows whose column equals value, as a table of its own (complete if this one is)."""
+        import numpy as np
+
         picked = [i for i, row in enumerate(self.rows) if row.get(column) == value]
         base = np.arange(len(self.rows)) if self._index is None else self._index
         missing = self.expected - len(self.rows)

@@ -1,0 +1,469 @@
+"""From a suite and a model to records and scores: identity, preflight, resume, limits, reduction."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import shutil
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from bench import registry
+from bench.capabilities import has, held
+from bench.config import Arguments, How, bind, data_field, markers
+from bench.engine import LocalEngine
+from bench.identity import digest, fingerprint
+from bench.store import Run, Store
+from bench.suite import Suite
+from bench.types import Error, Json, Model, Record, Score, Unit, UsageError, Weights
+from bench.worker import Work, Worker, parse_model
+
+SAMPLE = 64  # items whose media a sample keeps
+KEEP_ALL_BELOW = 2_000  # items
+PREFLIGHT_ABOVE = 50  # units
+FREE_BYTES = 100_000_000
+LEAST_FAILURES = 3
+
+
+class Observer:
+    """Told what happens during a run; the command line draws a bar with it."""
+
+    def begin(self, run: Run, units: Sequence[Unit], pending: Sequence[Unit]) -> None: ...
+
+    def done(self, unit: Unit, record: Record) -> None: ...
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One suite on one model, every name resolved and every fingerprint taken; nothing opened yet."""
+
+    suite: Suite
+    suite_ref: str  # how a worker finds the suite: name or path.py:Name
+    model: Any  # name or path.py:Name, or a live object
+    arguments: Arguments
+    label: str  # what the model is called on boards
+    manifest: Any
+    units: tuple[Unit, ...]
+    spec: Mapping[str, Json]
+    meta: Mapping[str, Json]
+
+
+def prepare(
+    suite: Suite,
+    model: Any,
+    arguments: Arguments | None = None,
+    *,
+    store: Store,
+    identity: Mapping[str, Json] | None = None,
+    suite_ref: str = "",
+    seed: int = 0,
+    limit: int | None = None,
+    strict: bool = False,
+) -> Plan:
+    """Resolves names, takes fingerprints, lists units. Loads neither torch nor the model.
+
+    Raises Error for a missing capability, manifest or weights file.
+    """
+    named = isinstance(model, str)
+    if named:
+        factory = registry.find("adapters", model)
+        arguments = arguments or bind(factory, model, {}, {})
+        if inspect.isclass(factory):
+            require(suite, factory, model)
+    elif identity is None:
+        raise Error("a live model has no file to fingerprint", hint='pass identity={"step": …, "sha": …}')
+    else:
+        require(suite, model, type(model).__name__)
+    arguments = arguments or Arguments()
+    name = data_field(type(suite))
+    manifest = None
+    with store.digests() as digests:
+        if strict:
+            digests.entries.clear()
+        if name:
+            from bench.manifest import load
+
+            manifest = load(getattr(suite, name), digests=digests)
+            if limit is not None:
+                manifest = manifest.subset(limit)
+        model_args = {k: _identified(v, k in arguments.weights, digests) for k, v in arguments.what.items()}
+        suite_fields = _suite_fields(suite, name, manifest, digests)
+    units = tuple(suite.units(manifest))
+    _check_units(units, suite.name)
+    label = model_label(model, arguments) if named else str(identity.get("name", type(model).__name__))
+    spec: dict[str, Json] = {
+        "suite": suite.name,
+        "suite_version": suite.version,
+        "fields": suite_fields,
+        "data": None if manifest is None else manifest.digest,
+        "adapter": (Path(model.partition(":")[0]).name + ":" + model.partition(":")[2] if registry.is_path(model) else model)
+        if named
+        else "live",
+        "adapter_args": model_args if named else dict(identity),
+        "seed": seed,
+        "limit": limit,
+    }
+    return Plan(
+        suite, suite_ref or suite.name, model, arguments, label, manifest, units, spec, _meta(suite, label, manifest, units)
+    )
+
+
+def execute(
+    suite: Suite,
+    model: Any,
+    *,
+    store: Store | None = None,
+    arguments: Arguments | None = None,
+    identity: Mapping[str, Json] | None = None,
+    suite_ref: str = "",
+    seed: int = 0,
+    limit: int | None = None,
+    shard: str = "",
+    how: How | None = None,
+    fresh: bool = False,
+    extra_meta: Mapping[str, Json] | None = None,
+    observer: Observer | None = None,
+) -> Run:
+    """Measures what is pending and derives the scores. Doing it again continues, or does nothing.
+
+    `model` is an adapter's name with its `arguments`, or a live object with an `identity` that tells it from others.
+    Raises Error when the run cannot start or had to stop; what was measured stays.
+    """
+    how = how or How(store=str(store.root) if store else ".bench")
+    store = store or Store(how.store)
+    how = replace(how, store=str(store.root))
+    observer = observer or Observer()
+    plan = prepare(
+        suite, model, arguments, store=store, identity=identity, suite_ref=suite_ref, seed=seed, limit=limit, strict=how.strict
+    )
+    return carry_out(plan, store, how, seed=seed, limit=limit, shard=shard, fresh=fresh, extra_meta=extra_meta, observer=observer)
+
+
+def carry_out(
+    plan: Plan,
+    store: Store,
+    how: How,
+    *,
+    seed: int = 0,
+    limit: int | None = None,
+    shard: str = "",
+    fresh: bool = False,
+    extra_meta: Mapping[str, Json] | None = None,
+    observer: Observer | None = None,
+) -> Run:
+    """The measuring half of `execute`, for a plan at hand."""
+    observer = observer or Observer()
+    mine = plan.units[slice(*parse_shard(shard))] if shard else plan.units
+    run = find_run(plan, store) if not fresh else None
+    pending = run.pending(mine) if run else list(mine)
+    if pending:
+        devices = resolve_devices(how.devices)
+        work = Work(
+            suite=plan.suite_ref,
+            fields={f.name: getattr(plan.suite, f.name) for f in fields(plan.suite)},
+            model=plan.model if isinstance(plan.model, str) else plan.label,
+            model_what=plan.arguments.what,
+            model_how=plan.arguments.how,
+            data=plan.manifest and getattr(plan.suite, data_field(type(plan.suite)) or ""),
+            limit=limit,
+            seed=seed,
+            spec_digest=digest(plan.spec),
+            run_id=f"{plan.label}-{digest(plan.spec)[:8]}",
+            kept=_kept(how.keep, plan),
+            how=replace(how, devices=",".join(devices)),
+        )
+        processes = how.isolate or len(devices) > 1 or how.unit_timeout > 0 or _foreign(plan)
+        engine = LocalEngine(devices, processes)
+        live = {} if processes else {"suite": plan.suite, "manifest": plan.manifest}
+        if not isinstance(plan.model, str):
+            live["model"] = plan.model
+        _preflight(plan, store, work, engine, live)
+        run = store.open(plan.spec, {**plan.meta, **(extra_meta or {}), **_provenance()}, fresh=fresh)
+        observer.begin(run, mine, pending)
+        _measure(run, engine, work, live, pending, shard, how, observer)
+    else:
+        assert run
+        observer.begin(run, mine, pending)
+    derive(run, plan.suite)
+    return run
+
+
+def find_run(plan: Plan, store: Store) -> Run | None:
+    """The run of a plan, when it was begun before."""
+    from bench.store import run_id
+
+    path = store.root / "runs" / run_id(plan.spec, plan.label)
+    return Run(store, path) if (path / "run.json").is_file() else None
+
+
+def _measure(
+    run: Run,
+    engine: LocalEngine,
+    work: Work,
+    live: Mapping[str, Any],
+    pending: Sequence[Unit],
+    shard: str,
+    how: How,
+    observer: Observer,
+) -> None:
+    """Appends a record for each pending unit; stops early when too many fail."""
+    from bench.store import record_line
+
+    attempts = {r.unit: r.attempt for r in run.records().values()}
+    allowed = max(LEAST_FAILURES, how.max_failures * len(pending))
+    by_id = {u.id: u for u in pending}
+    ordered = sorted(pending, key=lambda u: -u.cost)  # longest first; equal ones keep their order
+    done = failed = 0
+    with run.writer(shard, observer.say) as log, contextlib.closing(engine.run(work, ordered, **live)) as records:
+        for record in records:
+            record = replace(record, attempt=record.attempt + attempts.get(record.unit, 0))
+            with _signals_wait():
+                log.append(record_line(record))
+            done += 1
+            failed += record.status == "failed"
+            observer.done(by_id[record.unit], record)
+            if failed > allowed and done < len(pending):
+                assert record.error
+                raise Error(
+                    f"stopped: {failed} of {done} units failed, more than --max-failures allows; the last: "
+                    f"{record.unit}: {record.error['kind']}: {record.error['message']}",
+                    hint=f"bench show {run.id} --unit {record.unit}; {done - failed} units are on disk",
+                )
+
+
+def derive(run: Run, suite: Suite) -> list[Score]:
+    """Reduces the records to scores.csv."""
+    table = run.table()
+    found = [replace(s, run=run.id, model=run.meta["model"]) for s in suite.score(table)]
+    for metric in later_metrics(run):
+        found += [replace(s, run=run.id, model=run.meta["model"]) for s in suite._reduce(metric, "all", table)]
+    if found != run.scores():
+        run.save_scores(found)
+    for name, data in suite.artifacts(table):
+        from bench import door
+
+        door.make_folder(run.path / "artifacts")
+        door.replace(run.path / "artifacts" / name, data)
+    return found
+
+
+def later_metrics(run: Run) -> list[Any]:
+    """The metrics that `rescore --metric` added to a run."""
+    from bench.rescore import open_metric
+    from bench.store import read_lines
+
+    names = []
+    for path in sorted((run.path / "extra").glob("*.jsonl")):
+        names += [v["metric"] for v in read_lines(path)[0] if v.get("metric")]
+    return [open_metric(name) for name in dict.fromkeys(names)]
+
+
+def suite_of(run: Run) -> Suite:
+    """The suite that a run was measured with, from what run.json says of it."""
+    cls = registry.find("suites", run.meta["suite_ref"])
+    if cls.version != run.spec["suite_version"]:
+        raise Error(
+            f"{run.id} was measured with version {run.spec['suite_version']} of {cls.name}; this is version {cls.version}",
+            hint="score again: old records are not reused",
+        )
+    from bench.config import convert, field_types
+
+    kinds = field_types(cls)
+    return cls(**{k: convert(v, kinds[k], k) if v is not None else None for k, v in run.meta["suite_fields"].items()})
+
+
+# -- identity
+
+
+def require(suite: Suite, obj: Any, name: str) -> None:
+    """Raises Error when a model, or its class, lacks what the suite needs."""
+    lacking = [c.__name__ for c in suite.requires if not has(obj, c)]
+    if lacking:
+        fitting = sorted(
+            e.name
+            for e, cls, _ in registry.describe("suites")
+            if cls is not None and all(has(obj, c) for c in cls.requires) and cls.requires
+        )
+        raise Error(
+            f"suite `{suite.name}` needs {', '.join(lacking)}; `{name}` has {', '.join(held(obj)) or 'no capability'}",
+            hint=f"suites that run on `{name}`: {', '.join(fitting) or 'none'}",
+        )
+
+
+def model_label(model: str, arguments: Arguments) -> str:
+    """What a model is called: the weights' own name, else the adapter's, with the arguments that were given."""
+    parts = []
+    for name, value in arguments.what.items():
+        if name in arguments.weights and value:
+            text = str(value)
+            if text.startswith("hf:"):
+                text = text.partition("@")[0]
+            parts.insert(0, Path(text.rstrip("/")).name.removesuffix(".safetensors"))
+        elif arguments.origins.get(name) and arguments.origins[name].origin != "default":
+            parts.append(str(value))
+    if not any(n in arguments.weights for n in arguments.what):
+        parts.insert(0, model.partition(":")[2] if registry.is_path(model) else model)
+    return "-".join(parts)
+
+
+def _identified(value: Any, is_weights: bool, digests: Any) -> Json:
+    if is_weights and value is not None:
+        from bench.weights import resolve
+
+        return fingerprint(resolve(str(value)), digests)
+    return value
+
+
+def _suite_fields(suite: Suite, data: str | None, manifest: Any, digests: Any) -> dict[str, Json]:
+    """The suite's parameters as they enter the specification: files and models by fingerprint, data by digest."""
+    cls = type(suite)
+    files = {*markers(cls, Weights), *markers(cls, Path)}
+    found: dict[str, Json] = {}
+    for f in fields(suite):
+        value = getattr(suite, f.name)
+        if f.name == data:
+            found[f.name] = manifest.name
+        elif f.name in files and value:
+            found[f.name] = _identified(str(value), True, digests)
+        elif f.name in markers(cls, Model) and value:
+            name, given = parse_model(str(value))
+            bound = bind(registry.find("adapters", name), name, {}, given)
+            found[f.name] = [name, {k: _identified(v, k in bound.weights, digests) for k, v in bound.what.items()}]
+        else:
+            found[f.name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def _meta(suite: Suite, label: str, manifest: Any, units: Sequence[Unit]) -> dict[str, Json]:
+    meta: dict[str, Json] = {
+        "model": label,
+        "suite_ref": suite.name,
+        "suite_fields": {
+            f.name: list(v) if isinstance(v := getattr(suite, f.name), tuple) else (v if not isinstance(v, Path) else str(v))
+            for f in fields(suite)
+        },
+        "units": len(units),
+        "items": sum(len(u.items) for u in units),
+        "sensitive": suite.sensitive or bool(manifest is not None and manifest.sensitive),
+        "redistribute": manifest is None or bool(manifest.redistribute),
+        "manifests": [],
+    }
+    if manifest is not None:
+        clusters = {manifest.item(i).cluster or i for i in manifest.ids()}
+        meta["manifests"] = [
+            {
+                "name": manifest.name,
+                "digest": manifest.digest,
+                "license": manifest.license,
+                "redistribute": manifest.redistribute,
+                "sensitive": manifest.sensitive,
+                "items": len(manifest.ids()),
+                "clusters": len(clusters),
+            }
+        ]
+    return meta
+
+
+def _provenance() -> dict[str, Json]:
+    from bench.provenance import collect
+
+    return collect()
+
+
+def _check_units(units: Sequence[Unit], name: str) -> None:
+    if not units:
+        raise Error(f"suite `{name}` has no units for this data", hint="is the manifest empty, or the limit 0?")
+    seen: set[str] = set()
+    for unit in units:
+        if unit.id in seen:
+            raise Error(f"suite `{name}` has two units {unit.id!r}", hint="unit ids must differ")
+        seen.add(unit.id)
+
+
+def _kept(keep: str, plan: Plan) -> frozenset[str] | None:
+    """The items whose media are kept; None for all."""
+    items = [i for u in plan.units for i in u.items]
+    if keep == "all" or (keep == "auto" and len(items) < KEEP_ALL_BELOW):
+        return None
+    if keep == "none":
+        return frozenset()
+    return frozenset(sorted(items, key=lambda i: digest(["sample", i]))[:SAMPLE])
+
+
+def _foreign(plan: Plan) -> bool:
+    """Does code run that does not come with the harness? Then the worker gets a process of its own."""
+    if not isinstance(plan.model, str):
+        return False
+    return any(
+        registry.is_path(name) or not all(e.builtin for e in registry.entries(kind) if e.name == name)
+        for kind, name in (("adapters", plan.model), ("suites", plan.suite_ref))
+    )
+
+
+# -- before the first unit
+
+
+def _preflight(plan: Plan, store: Store, work: Work, engine: LocalEngine, live: dict[str, Any]) -> None:
+    """What can fail is tried first: files of the manifest, room and access in the store, the model itself."""
+    from bench import door
+
+    if plan.manifest is not None:
+        plan.manifest.check()
+    door.make_folder(store.root / "runs")
+    free = shutil.disk_usage(store.root).free
+    if free < FREE_BYTES:
+        raise Error(f"{store.root} has {free // 1_000_000} MB free", hint="make room, or name another store with --store")
+    if engine.processes or len(plan.units) <= PREFLIGHT_ABOVE:
+        return
+    worker = Worker(replace(work, kept=frozenset()), engine.devices[0], **live)
+    live["model"] = worker.model
+    first = plan.units[0]
+    record = worker(replace(first, items=first.items[:2]))
+    if record.status == "failed":
+        assert record.error
+        raise Error(
+            f"a trial of two items failed: {record.error['kind']}: {record.error['message']}",
+            hint=f"bench check --model {work.model} tries the model alone; nothing was recorded",
+        )
+
+
+def resolve_devices(text: str) -> tuple[str, ...]:
+    """`auto` is every GPU, else the CPU; otherwise a list by commas."""
+    if text != "auto":
+        names = tuple(d.strip() for d in text.split(",") if d.strip())
+        for name in names:
+            if name.partition(":")[0] not in ("cpu", "cuda", "mps") and not name.isdigit():
+                raise UsageError(f"unknown device {name!r}", hint="cpu, cuda:0, mps; several by commas")
+        return tuple(f"cuda:{n}" if n.isdigit() else n for n in names)
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return tuple(f"cuda:{i}" for i in range(count)) or ("cpu",)
+
+
+def parse_shard(text: str) -> tuple[int, None, int]:
+    """`3/16` as the slice that takes every 16th unit from the fourth; parts are numbered from 0."""
+    part, slash, count = text.partition("/")
+    if not (slash and part.isdigit() and count.isdigit() and int(part) < int(count)):
+        raise UsageError(f"--shard {text!r} is not k/n with 0 <= k < n", hint="--shard 0/16 is the first of sixteen")
+    return int(part), None, int(count)
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Signals that end a run are delivered after the record is durable, never in the middle of it."""
+    held_back = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+

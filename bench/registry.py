@@ -1,0 +1,162 @@
+"""Where names meet objects: entry points of installed packages, and `path.py:name` for a file at hand."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from bench.identity import file_digest
+from bench.types import Error, UsageError
+
+KINDS = ("suites", "recipes", "adapters", "fits")
+OWN = "touchstone-bench"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A name somebody registered."""
+
+    kind: str
+    name: str
+    value: str  # module:object
+    owner: str  # distribution
+    builtin: bool
+
+
+@cache
+def entries(kind: str) -> tuple[Entry, ...]:
+    """Everything registered under `bench.<kind>`, by name; a name with two owners stays twice."""
+    found = {
+        Entry(kind, e.name, e.value, owner, owner == OWN)
+        for e in metadata.entry_points(group=f"bench.{kind}")
+        for owner in [e.dist.name if e.dist else "?"]
+    }
+    return tuple(sorted(found, key=lambda e: (e.name, e.owner)))
+
+
+def find(kind: str, name: str) -> Any:
+    """The object of a name. `path.py:name` runs that file and says so on stderr.
+
+    Raises UsageError for an unknown name, with a suggestion; Error for a plugin that cannot be imported and for a
+    name with two owners.
+    """
+    if is_path(name):
+        return _from_file(name)
+    matching = [e for e in entries(kind) if e.name == name]
+    if len(matching) > 1:
+        raise Error(
+            f"{kind[:-1]} {name!r} is registered by {' and by '.join(e.owner for e in matching)}",
+            hint="uninstall one of them, or name the object in place: path.py:name",
+        )
+    if not matching:
+        from bench.text import closest
+
+        names = sorted({e.name for e in entries(kind)})
+        raise UsageError(
+            f"unknown {kind[:-1]} {name!r}",
+            hint=closest(name, names) or (f"known: {', '.join(names)}" if names else "none is installed"),
+        )
+    return load(matching[0])
+
+
+def load(entry: Entry) -> Any:
+    """Imports what an entry names; raises Error with the reason when that fails."""
+    module, _, attribute = entry.value.partition(":")
+    try:
+        found = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except Exception as e:  # a plugin's own fault, whatever it is, must not look like ours
+        raise Error(
+            f"{entry.kind[:-1]} {entry.name!r} is broken: {module}: {type(e).__name__}: {e}",
+            hint=f"mend or reinstall {entry.owner}",
+        ) from e
+    return found
+
+
+def is_path(name: str) -> bool:
+    """Does a name point into a file (`my_suite.py:MySuite`)?"""
+    return name.partition(":")[0].endswith(".py")
+
+
+def _from_file(name: str) -> Any:
+    text, _, attribute = name.partition(":")
+    path = Path(text).expanduser().resolve()
+    if not attribute:
+        raise UsageError(f"{name!r} names a file but no object", hint=f"write {text}:Name")
+    if not path.is_file():
+        raise UsageError(f"{text} does not exist")
+    module = _module(path)
+    if not hasattr(module, attribute):
+        from bench.text import closest
+
+        public = [n for n, v in vars(module).items() if not n.startswith("_") and callable(v)]
+        raise UsageError(f"{text} has no {attribute!r}", hint=closest(attribute, public))
+    return getattr(module, attribute)
+
+
+@cache
+def _module(path: Path) -> Any:
+    name = f"_bench_{path.stem}_{file_digest(path)[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    print(f"running {path} (sha256 {file_digest(path)[:12]})", file=sys.stderr)
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:  # the user's own file: say what it raised, keep the trace for them
+        del sys.modules[name]
+        raise Error(f"{path} cannot be run: {type(e).__name__}: {e}", hint="python " + str(path) + " shows the trace") from e
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def describe(kind: str) -> Iterator[tuple[Entry, Any, str]]:
+    """(entry, object or None, what is wrong) for everything registered; for `bench list`.
+
+    Foreign adapters are not imported: they may load anything.
+    """
+    seen: dict[str, int] = {}
+    for entry in entries(kind):
+        seen[entry.name] = seen.get(entry.name, 0) + 1
+    for entry in entries(kind):
+        if seen[entry.name] > 1:
+            yield entry, None, "registered by more than one package"
+        elif kind == "adapters" and not entry.builtin:
+            yield entry, None, ""
+        else:
+            try:
+                yield entry, load(entry), ""
+            except Error as e:
+                yield entry, None, str(e).partition("is broken: ")[2] or str(e)
+
+
+def check_names() -> None:
+    """Raises Error when another package named `suites` hides ours."""
+    spec = importlib.util.find_spec("suites")
+    ours = Path(__file__).resolve().parents[1] / "suites"
+    where = [Path(p).resolve() for p in (spec.submodule_search_locations or ())] if spec else []
+    if ours not in where:
+        raise Error(
+            f"the package `suites` found first is {where[0] if where else 'missing'}, not {ours}",
+            hint="run from another folder, or take that one off PYTHONPATH",
+        )
+
+
+def package_files(obj: Any) -> list[Path]:
+    """The Python files that a suite or recipe is made of: its module, and those beside it when it lies in a package."""
+    module = sys.modules[obj.__module__]
+    path = Path(module.__file__ or "")
+    if module.__package__ and module.__package__ != "suites":
+        return sorted(path.parent.glob("*.py"))
+    return [path]

@@ -1,0 +1,377 @@
+"""The store: runs as folders of append-only records, blobs by content, scores derived from them.
+
+    <root>/runs/<run id>/run.json          what was asked for and what made it; written once
+                         units.jsonl       one record a line, each with its checksum (units.<k>of<n>.jsonl for shards)
+                         extra/*.jsonl     what was measured later
+                         scores.csv        derived; may be deleted
+    <root>/blobs/ab/cdef....png            media and features, by SHA-256
+    <root>/fingerprints.json               digests of weights and pictures, remembered
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import re
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench import door
+from bench.identity import FileDigests, canonical, digest, slug, unit_key
+from bench.types import Error, Json, Record, Score, Table, Unit
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FORMAT = 1
+SUFFIXES = frozenset({".png", ".npy", ".json", ".bin", ".txt"})
+LINE = re.compile(rb'\{[^\n]*?,"crc":"[0-9a-f]{8}"\}')
+ADDRESS = re.compile(r"([0-9a-f]{64})(\.[a-z]{3,4})")
+
+
+class Store:
+    """A folder of runs and blobs. Nothing in it is ever deleted by the harness."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root).expanduser()
+
+    # -- runs
+
+    def open(self, spec: Mapping[str, Json], meta: Mapping[str, Json], *, fresh: bool = False) -> Run:
+        """The run of a specification: the same specification is the same run.
+
+        `meta` is written to run.json when the run is new. `fresh` moves an old folder aside first.
+        """
+        path = self.root / "runs" / run_id(spec, str(meta["model"]))
+        if fresh and path.exists():
+            aside = path.with_name(f"{path.name}.{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}.old")
+            os.rename(path, aside)
+        if not (path / "run.json").exists():
+            door.make_folder(path)
+            body = {"format": FORMAT, "spec": spec, **meta}
+            door.replace(path / "run.json", (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
+        run = Run(self, path)
+        if digest(run.spec) != digest(spec):
+            raise Error(f"{path} holds another run", hint="move that folder aside; its run.json names another specification")
+        return run
+
+    def runs(self, suite: str | None = None, model: str | None = None) -> Iterator[Run]:
+        """Every run, by id; those of a suite or of a model's label, where given."""
+        folder = self.root / "runs"
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.suffix == ".old" or not (path / "run.json").is_file():
+                continue
+            run = Run(self, path)
+            if suite in (None, run.spec["suite"]) and model in (None, run.meta["model"]):
+                yield run
+
+    def run(self, name: str) -> Run:
+        """One run by its id, or by an unambiguous beginning or part of it."""
+        names = [p.name for p in sorted((self.root / "runs").glob("*")) if p.suffix != ".old"]
+        found = [n for n in names if n == name] or [n for n in names if name in n]
+        if len(found) == 1:
+            return Run(self, self.root / "runs" / found[0])
+        if found:
+            raise Error(f"run {name!r} is ambiguous: {', '.join(found[:6])}", hint="give more of its id")
+        from bench.text import closest
+
+        raise Error(f"no run {name!r} in {self.root}", hint=closest(name, names) or "bench list shows the runs")
+
+    # -- blobs
+
+    def put(self, data: bytes, suffix: str) -> str:
+        """Keeps bytes under their SHA-256, durably; returns the content address `<hex><suffix>`."""
+        if suffix not in SUFFIXES:
+            raise ValueError(f"suffix {suffix!r} is not one of {sorted(SUFFIXES)}")
+        address = digest(data) + suffix
+        path = self.path(address)
+        if not (path.is_file() and path.stat().st_size == len(data)):
+            door.make_folder(path.parent)
+            door.replace(path, data)
+        return address
+
+    def path(self, address: str) -> Path:
+        """Where a content address lives."""
+        match = ADDRESS.fullmatch(address)
+        if match is None:
+            raise Error(f"{address!r} is no content address", hint="the record that names it is damaged")
+        return self.root / "blobs" / address[:2] / address[2:]
+
+    def get(self, address: str) -> bytes:
+        """The bytes of a content address, checked; raises Error when they are missing or not what was kept."""
+        path = self.path(address)
+        try:
+            data = path.read_bytes()
+        except OSError as e:
+            raise Error(f"blob {address} cannot be read: {e.strerror}", hint="measure its unit again") from None
+        if digest(data) != address[:64]:
+            raise Error(f"blob {address} is damaged", hint=f"remove {path} and measure its unit again")
+        return data
+
+    # -- digests of files, remembered
+
+    @contextlib.contextmanager
+    def digests(self) -> Iterator[FileDigests]:
+        """Digests of files, remembered from earlier runs; saved on leaving when there are new ones."""
+        path = self.root / "fingerprints.json"
+        try:
+            entries = json.loads(path.read_text())
+            known = FileDigests({k: v for k, v in entries.items() if isinstance(v, list) and len(v) == 5})
+        except (OSError, ValueError, AttributeError, RecursionError):
+            known = FileDigests()  # a cache: what cannot be read is computed again
+        yield known
+        if known.changed:
+            door.make_folder(self.root)
+            door.replace(path, (json.dumps(known.entries, sort_keys=True) + "\n").encode())
+
+
+def run_id(spec: Mapping[str, Json], label: str) -> str:
+    """`reconstruction-sd-vae-ft-mse-7f3a91c2`: suite, model, 8 hex digits of the specification. No clock in it."""
+    return f"{slug(str(spec['suite']))}-{slug(label)}-{digest(spec)[:8]}"
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What reading a log found wrong."""
+
+    torn: int = 0  # bytes of an unfinished last line
+    bad: tuple[bytes, ...] = ()  # whole lines that fail their checksum
+
+
+class Run:
+    """One run: its specification, its records, its scores."""
+
+    def __init__(self, store: Store, path: Path):
+        self.store, self.path, self.id = store, path, path.name
+        try:
+            self.meta: dict[str, Any] = json.loads((path / "run.json").read_text())
+            self.spec: dict[str, Any] = self.meta["spec"]
+            written = self.meta["format"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+            raise Error(f"{path / 'run.json'} cannot be read: {e}", hint="move that folder aside and score again") from None
+        if written != FORMAT:
+            raise Error(f"{path} has format {written}; this version reads {FORMAT}", hint="use the version that wrote it")
+        self.spec_digest = digest(self.spec)
+
+    # -- writing
+
+    @contextlib.contextmanager
+    def writer(self, shard: str = "", say: Callable[[str], None] = lambda _: None) -> Iterator[door.Appender]:
+        """The only way to append: holds the lock of the shard's file and heals it first."""
+        path = self.log(shard)
+        with door.lock(path.with_suffix(".lock"), f"run {self.id}" + (f" shard {shard}" if shard else "")):
+            damage = heal(path)
+            if damage.torn:
+                say(f"{path.name}: cut an unfinished last line of {damage.torn} bytes")
+            if damage.bad:
+                say(f"{path.name}: set {len(damage.bad)} damaged lines aside in {path.name}.bad; their units are pending again")
+            appender = door.Appender(path)
+            try:
+                yield appender
+            finally:
+                appender.close()
+
+    def log(self, shard: str = "") -> Path:
+        """`units.jsonl`, or `units.3of16.jsonl` for shard 3/16."""
+        return self.path / (f"units.{shard.replace('/', 'of')}.jsonl" if shard else "units.jsonl")
+
+    # -- reading
+
+    def key(self, unit: Unit) -> str:
+        return unit_key(self.spec_digest, unit.id, unit.items, unit.params)
+
+    def records(self) -> dict[str, Record]:
+        """Per key: ok beats failed, later beats earlier. Damaged lines are passed over."""
+        found: dict[str, Record] = {}
+        for path in sorted(self.path.glob("units*.jsonl")):
+            for value in read_lines(path)[0]:
+                record = Record(**{f.name: value[f.name] for f in fields(Record) if f.name in value})
+                old = found.get(record.key)
+                if old is None or record.status == "ok" or old.status == "failed":
+                    found[record.key] = record
+        return found
+
+    def pending(self, units: Iterable[Unit]) -> list[Unit]:
+        """Those without an ok record whose blobs are there; failed ones are tried again."""
+        records = self.records()
+        return [u for u in units if not self._whole(records.get(self.key(u)))]
+
+    def _whole(self, record: Record | None) -> bool:
+        return (
+            record is not None
+            and record.status == "ok"
+            and all(self.store.path(a).is_file() for a in record.blobs.values())
+        )
+
+    def failures(self) -> list[Record]:
+        """Records of units that have no ok record."""
+        return sorted((r for r in self.records().values() if r.status == "failed"), key=lambda r: r.unit)
+
+    def table(self) -> Table:
+        """The rows of all ok units, in the order of unit ids, with what was measured later."""
+        records = sorted((r for r in self.records().values() if r.status == "ok"), key=lambda r: r.unit)
+        extra = self.extra()
+        rows = []
+        for record in records:
+            columns = extra.get(record.key, {}).get("columns", {})
+            for i, row in enumerate(record.rows):
+                rows.append({**row, "unit": record.unit, **{name: values[i] for name, values in columns.items()}})
+
+        def load(name: str) -> np.ndarray:
+            import numpy as np
+
+            parts = []
+            for record in records:
+                address = {**record.blobs, **extra.get(record.key, {}).get("blobs", {})}.get(f"features/{name}")
+                if address is None:
+                    raise KeyError(name)
+                parts.append(np.load(io.BytesIO(self.store.get(address)), allow_pickle=False))
+            return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+
+        return Table(rows, self.meta.get("items", len(rows)), self.spec.get("seed", 0), load)
+
+    def extra(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Per key the columns and blobs that `rescore` added; later beats earlier."""
+        found: dict[str, dict[str, dict[str, Any]]] = {}
+        for path in sorted((self.path / "extra").glob("*.jsonl")):
+            for value in read_lines(path)[0]:
+                into = found.setdefault(value["key"], {"columns": {}, "blobs": {}})
+                into["columns"].update(value["columns"])
+                into["blobs"].update(value["blobs"])
+        return found
+
+    def codes(self) -> set[str]:
+        """Digests of the suite's code among the ok records; more than one means that versions were mixed."""
+        return {r.code for r in self.records().values() if r.status == "ok"}
+
+    # -- scores
+
+    def scores(self) -> list[Score]:
+        """The scores as last derived; none when they never were."""
+        path = self.path / "scores.csv"
+        return parse_scores(path.read_bytes(), path) if path.is_file() else []
+
+    def save_scores(self, scores: Sequence[Score]) -> None:
+        door.replace(self.path / "scores.csv", dump_scores(scores))
+
+    def complete(self) -> bool:
+        """Were all units measured, and every score over all items?"""
+        scores = self.scores()
+        return bool(scores) and all(s.complete for s in scores) and not self.failures()
+
+
+# -- lines with checksums
+
+
+def line(value: Mapping[str, Json]) -> bytes:
+    """One JSON object with the CRC-32 of what stands before it as its last member, and a newline."""
+    body = canonical(value).encode("utf-8")[:-1]
+    return body + b',"crc":"%08x"}\n' % zlib.crc32(body)
+
+
+def record_line(record: Record) -> bytes:
+    return line({f.name: getattr(record, f.name) for f in fields(Record)})
+
+
+def parse_line(raw: bytes) -> dict[str, Any] | None:
+    """The object of a line without its newline; None when it is damaged."""
+    if len(raw) < 18 or raw[-18:-10] != b',"crc":"' or raw[-2:] != b'"}':
+        return None
+    body = raw[:-18]
+    if b"%08x" % zlib.crc32(body) != raw[-10:-2]:
+        return None
+    try:
+        return json.loads(body + b"}")
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], Damage]:
+    """All whole objects of a log in order, and what was damaged. Never raises for damage."""
+    data = path.read_bytes() if path.is_file() else b""
+    *whole, tail = data.split(b"\n")
+    values, bad = [], []
+    for raw in whole:
+        value = parse_line(raw)
+        if value is not None:
+            values.append(value)
+            continue
+        inside = [v for m in LINE.finditer(raw) if (v := parse_line(m.group())) is not None]  # a lost newline joins lines
+        values += inside
+        if raw:
+            bad.append(raw)
+    last = parse_line(tail)
+    if last is not None:
+        values.append(last)
+    return values, Damage(torn=len(tail), bad=tuple(bad))
+
+
+def heal(path: Path) -> Damage:
+    """Cuts an unfinished last line; sets damaged lines aside in `<name>.bad`. Doing it twice changes nothing more."""
+    if not path.exists():
+        return Damage()
+    values, damage = read_lines(path)
+    if damage.bad:
+        aside = path.with_name(path.name + ".bad")
+        known = aside.read_bytes().split(b"\n") if aside.exists() else []
+        new = [raw for raw in damage.bad if raw not in known]
+        door.replace(aside, b"".join(raw + b"\n" for raw in [*filter(None, known), *new]))
+    elif damage.torn and parse_line(path.read_bytes()[-damage.torn :]) is None:
+        door.truncate(path, path.stat().st_size - damage.torn)
+        return damage
+    if damage.bad or damage.torn:
+        door.replace(path, b"".join(line({k: v for k, v in value.items() if k != "crc"}) for value in values))
+    return damage
+
+
+# -- scores.csv
+
+COLUMNS = tuple(f.name for f in fields(Score))
+
+
+def dump_scores(scores: Iterable[Score]) -> bytes:
+    """scores.csv: one score a line, floats that read back exactly, text that no spreadsheet computes."""
+    from bench.text import csv_cell
+
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for score in scores:
+        writer.writerow([_cell(v) if not isinstance(v, str) else csv_cell(v) for v in asdict(score).values()])
+    return out.getvalue().encode()
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return repr(value)
+
+
+def parse_scores(data: bytes, where: Path | str = "scores.csv") -> list[Score]:
+    """What dump_scores wrote; raises Error naming file and line. Columns that are missing take their default."""
+    from bench.text import csv_value
+
+    convert = {
+        "int": int,
+        "bool": lambda t: {"true": True, "false": False}[t],
+        "float | None": lambda t: float(t) if t else None,
+        "str": csv_value,
+    }
+    kinds = {f.name: convert[str(f.type)] for f in fields(Score)}
+    scores = []
+    reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig")))
+    for row in reader:
+        try:
+            scores.append(Score(**{k: kinds[k](v) for k, v in row.items() if k in kinds}))
+        except (ValueError, KeyError, TypeError) as e:
+            raise Error(f"{where} line {reader.line_num}: {e}", hint="it must have the columns " + ", ".join(COLUMNS)) from None
+    return scores

@@ -1,0 +1,374 @@
+"""Worker: opens the model once and turns units into records. A call never raises for a unit's fault."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from bench import door, registry
+from bench.config import How, bind
+from bench.identity import canonical, digest, file_digest, seed_for, unit_key
+from bench.store import Store
+from bench.suite import Suite
+from bench.types import Error, Item, Json, Record, Stop, Unit
+
+TRACE_CHARACTERS = 8_000
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that a process needs to measure units of a run; small and picklable."""
+
+    suite: str  # name, or path.py:Name
+    fields: Mapping[str, Any]  # the suite's parameters
+    model: str
+    model_what: Mapping[str, Any] = field(default_factory=dict)  # decide what comes out
+    model_how: Mapping[str, Any] = field(default_factory=dict)  # decide how fast
+    data: str | None = None  # manifest
+    limit: int | None = None
+    seed: int = 0
+    spec_digest: str = ""
+    run_id: str = ""
+    kept: frozenset[str] | None = frozenset()  # items whose media are kept; None: all
+    how: How = How()
+
+
+class BadOutput(ValueError):
+    """The model returned something that cannot be scored."""
+
+
+class NonFinite(BadOutput):
+    """The model returned NaN or infinity."""
+
+
+class Worker:
+    """Measures units. `suite`, `model` and `manifest` may be given as live objects; else they are opened by name."""
+
+    def __init__(self, work: Work, device: str = "cpu", *, suite: Suite | None = None, model: Any = None, manifest: Any = None):
+        self.work, self.device, self.batch = work, device, work.how.batch
+        self.suite = suite if suite is not None else registry.find("suites", work.suite)(**work.fields)
+        self.store = Store(work.how.store)
+        self.manifest = manifest
+        if manifest is None and work.data is not None:
+            from bench.manifest import load
+
+            self.manifest = load(work.data)
+            if work.limit is not None:
+                self.manifest = self.manifest.subset(work.limit)
+        _prepare_torch(work.how, device)
+        self.model = model if model is not None else open_model(work.model, work.model_what, work.model_how, device)
+        self.code = code_digest(type(self.suite))
+        self.device_name = _device_name(device)
+        self.judges: dict[str, Any] = {}
+
+    def __call__(self, unit: Unit, attempt: int = 1) -> Record:
+        from bench.text import mask, plain
+
+        begin, started = time.monotonic(), _utc()
+        batch, error = self.batch, None
+        rows: tuple[Mapping[str, Json], ...] = ()
+        blobs: dict[str, str] = {}
+        while True:
+            try:
+                with contextlib.redirect_stdout(sys.stderr):  # stdout carries data only
+                    rows, blobs = self._measure(unit, batch)
+                error = None
+            except Stop:
+                raise
+            except Exception as e:  # the one place where a unit's fault, of whatever kind, becomes a record
+                if _out_of_memory(e) and batch > 1:
+                    batch //= 2
+                    _free_memory()
+                    continue
+                trace = traceback.format_exc()[-TRACE_CHARACTERS:]
+                error = {"kind": type(e).__name__, "message": plain(mask(str(e)))[:1000], "trace": mask(trace)}
+            break
+        return Record(
+            key=unit_key(self.work.spec_digest, unit.id, unit.items, unit.params),
+            unit=unit.id,
+            status="failed" if error else "ok",
+            rows=() if error else rows,
+            blobs={} if error else blobs,
+            error=error,
+            attempt=attempt,
+            batch=batch,
+            seconds=round(time.monotonic() - begin, 3),
+            device=self.device_name,
+            code=self.code,
+            started=started,
+        )
+
+    def _measure(self, unit: Unit, batch: int) -> tuple[tuple[Mapping[str, Json], ...], dict[str, str]]:
+        """Runs the model over the unit's batches, measures each, keeps what is to be kept."""
+        import numpy as np
+
+        ctx = WorkerContext(self, batch)
+        metrics = self.suite.metrics
+        rows: dict[str, dict[str, Json]] = {}
+        features: dict[str, list[np.ndarray]] = {}
+        blobs: dict[str, str] = {}
+        for ids, media in self.suite.run(unit, self.model, ctx):
+            ids = list(ids)
+            new = [self._row(id, unit, rows) for id in ids]
+            pictures = {name: m for name, m in media.items() if hasattr(m, "shape") and len(m.shape) > 1}
+            self._check(ids, pictures, new)
+            measured = [("", {k: v for k, v in media.items() if k not in pictures})]
+            measured += [(metric.name, metric.measure(media, ctx)) for metric in metrics]
+            for source, columns in measured:
+                for name, values in columns.items():
+                    if len(values) != len(ids):
+                        raise BadOutput(f"{source or 'run'}: {name} has {len(values)} values for {len(ids)} items")
+                    if hasattr(values, "ndim") and values.ndim > 1:
+                        features.setdefault(name, []).append(np.asarray(values, np.float32))
+                    else:
+                        for row, value in zip(new, values, strict=True):
+                            row[name] = _json(value)
+            for i, id in enumerate(ids):
+                rows[id] = new[i]
+                if self.work.kept is None or id in self.work.kept:
+                    for name, batch_media in pictures.items():
+                        blobs[f"media/{name}/{id}"] = self.store.put(*encode(batch_media[i], self.suite.value_range))
+        missing = [id for id in unit.items if id not in rows]
+        if missing:
+            raise BadOutput(f"run() left out {len(missing)} of {len(unit.items)} items, {missing[0]!r} first")
+        place = {id: i for i, id in enumerate(rows)}
+        order = [place[id] for id in unit.items]
+        for name, parts in features.items():
+            whole = np.concatenate(parts)
+            if len(whole) != len(order):
+                raise BadOutput(f"features {name!r} have {len(whole)} rows for {len(order)} items")
+            out = io.BytesIO()
+            np.save(out, whole[order], allow_pickle=False)
+            blobs[f"features/{name}"] = self.store.put(out.getvalue(), ".npy")
+        ctx.clear_scratch()
+        found = tuple(rows[id] for id in unit.items)
+        canonical(found)  # what cannot be stored fails here, with the unit
+        return found, blobs
+
+    def _row(self, id: str, unit: Unit, rows: Mapping[str, Any]) -> dict[str, Json]:
+        if id in rows:
+            raise BadOutput(f"run() returned item {id!r} twice")
+        if id not in unit.items:
+            raise BadOutput(f"run() returned item {id!r}, which is not in unit {unit.id!r}")
+        row: dict[str, Json] = {"item": id}
+        if self.manifest is not None:
+            item = self.manifest.item(id)
+            if item.cluster:
+                row["cluster"] = item.cluster
+            row.update({name: item.attributes[name] for name in self.suite.slices if name in item.attributes})
+        return row
+
+    def _check(self, ids: list[str], pictures: Mapping[str, Any], rows: list[dict[str, Json]]) -> None:
+        """Shapes and finiteness, before anything is rounded; names of media that are one flat value go into the row."""
+        flat: dict[str, list[bool]] = {}
+        for name, media in pictures.items():
+            if len(media) != len(ids):
+                raise BadOutput(f"{name} has {len(media)} pictures for {len(ids)} items")
+            if 0 in media.shape:
+                raise BadOutput(f"{name} is empty: {tuple(media.shape)}")
+            low, high = extremes(media)
+            bad = [id for id, a, b in zip(ids, low, high, strict=True) if not (abs(a) < float("inf") and abs(b) < float("inf"))]
+            if bad:
+                raise NonFinite(f"{name} holds NaN or infinity in {len(bad)} of {len(ids)} pictures, item {bad[0]!r} first")
+            flat[name] = [a == b for a, b in zip(low, high, strict=True)]
+        for i, row in enumerate(rows):
+            names = [name for name, values in flat.items() if values[i]]
+            if names and len(names) < len(flat):
+                row["flat"] = names
+
+
+class WorkerContext:
+    """`bench.suite.Context` as the worker gives it."""
+
+    def __init__(self, worker: Worker, batch: int):
+        import torch
+
+        self._worker, self._batch = worker, batch
+        self._scratch: list[Path] = []
+        self.device = torch.device(worker.device)
+
+    def batches(self, unit: Unit) -> Iterator[list[str]]:
+        for i in range(0, len(unit.items), self._batch):
+            yield list(unit.items[i : i + self._batch])
+
+    def item(self, id: str) -> Item:
+        return self._worker.manifest.item(id)
+
+    def images(self, ids: Sequence[str], size: int, resize: str = "adm"):
+        import numpy as np
+        import torch
+
+        from bench.images import RESIZES
+
+        if resize not in RESIZES:
+            raise Error(f"unknown resize {resize!r}", hint=f"one of {', '.join(RESIZES)}")
+        pictures = []
+        for id in ids:
+            try:
+                pictures.append(RESIZES[resize](self._worker.manifest.read(id), size))
+            except Error as e:
+                raise Error(f"item {id}: {e}", hint=e.hint) from None
+        x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(self.device)
+        return x.contiguous().float().div_(127.5).sub_(1.0)
+
+    def seed(self, item: str, stream: str = "latent") -> int:
+        suite = self._worker.suite
+        return seed_for(self._worker.work.seed, suite.name, suite.version, item, stream)
+
+    def generator(self, item: str, stream: str):
+        import torch
+
+        return torch.Generator("cpu").manual_seed(self.seed(item, stream))
+
+    def judge(self, name: str) -> Any:
+        judges = self._worker.judges
+        if name not in judges:
+            model, arguments = parse_model(getattr(self._worker.suite, name))
+            bound = bind(registry.find("adapters", model), model, {}, arguments)
+            judges[name] = open_model(model, bound.what, bound.how, self._worker.device)
+        return judges[name]
+
+    def weights(self, name: str) -> Path:
+        from bench.manifest import weights_path
+
+        return weights_path(name)
+
+    def scratch(self, unit: Unit) -> Path:
+        path = self._worker.store.root / "scratch" / self._worker.work.run_id / digest(unit.id)[:16]
+        self._scratch.append(path)
+        return door.make_folder(path)
+
+    def clear_scratch(self) -> None:
+        for path in self._scratch:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# -- opening
+
+
+def parse_model(text: str) -> tuple[str, dict[str, str]]:
+    """`name?key=value&key=value` as (name, arguments)."""
+    name, _, query = text.partition("?")
+    return name, dict(part.split("=", 1) for part in query.split("&") if "=" in part)
+
+
+def open_model(name: str, what: Mapping[str, Any], how: Mapping[str, Any], device: str) -> Any:
+    """The adapter of a name, opened. Anything that goes wrong is an Error: it stops the run and blames no unit."""
+    import inspect
+
+    factory = registry.find("adapters", name)
+    how = dict(how)
+    if "device" in inspect.signature(factory).parameters:
+        how.setdefault("device", device)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return factory(**what, **how)
+    except Error:
+        raise
+    except Exception as e:  # a foreign constructor may raise anything
+        from bench.text import mask, plain
+
+        trace = traceback.extract_tb(e.__traceback__)[-1]
+        raise Error(
+            f"model {name!r} cannot be opened: {type(e).__name__}: {plain(mask(str(e)))[:500]}",
+            hint=f"raised at {Path(trace.filename).name}:{trace.lineno}; bench check --model {name} tries it alone",
+        ) from e
+
+
+def _prepare_torch(how: How, device: str) -> None:
+    import os
+
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    workers = max(1, len(how.devices.split(",")))
+    torch.set_num_threads(how.threads or max(1, (os.cpu_count() or 1) // workers))
+    if how.strict:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise Error(f"device {device} is not available", hint="--devices cpu, or install a driver that torch can use")
+
+
+@cache
+def code_digest(cls: type) -> str:
+    """Digest of the files that a suite is made of and of the metrics: recorded with each record, not part of its key."""
+    files = [*registry.package_files(cls), *sorted((Path(__file__).parent / "metrics").glob("*.py"))]
+    return digest([[p.name, file_digest(p)] for p in files])[:16]
+
+
+# -- pictures
+
+
+def extremes(media: Any) -> tuple[list[float], list[float]]:
+    """Lowest and highest value of each entry of [B, ...]; NaN where an entry holds one."""
+    flat = media.reshape(len(media), -1)
+    if hasattr(flat, "aminmax"):
+        low, high = flat.aminmax(dim=1)
+        return low.tolist(), high.tolist()
+    return flat.min(axis=1).tolist(), flat.max(axis=1).tolist()
+
+
+def encode(picture: Any, value_range: tuple[float, float]) -> tuple[bytes, str]:
+    """A kept picture as PNG (uint8, or float rounded half up from `value_range`); anything else as npy."""
+    import numpy as np
+
+    array = np.asarray(picture.detach().cpu() if hasattr(picture, "detach") else picture)
+    if array.ndim == 3 and array.shape[0] in (1, 3):
+        if array.dtype != np.uint8:
+            low, high = value_range
+            array = np.floor(np.clip((array.astype(np.float64) - low) / (high - low), 0, 1) * 255 + 0.5).astype(np.uint8)
+        from PIL import Image
+
+        out = io.BytesIO()
+        image = array[0] if array.shape[0] == 1 else np.ascontiguousarray(array.transpose(1, 2, 0))
+        Image.fromarray(image).save(out, "PNG", compress_level=1)
+        return out.getvalue(), ".png"
+    out = io.BytesIO()
+    np.save(out, array, allow_pickle=False)
+    return out.getvalue(), ".npy"
+
+
+def _json(value: Any) -> Json:
+    """A measured value as JSON: numbers lose their NumPy or torch type; what is not finite is null."""
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        value = value.item()
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "OutOfMemory" in type(error).__name__
+
+
+def _free_memory() -> None:
+    import gc
+
+    gc.collect()
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        sys.modules["torch"].cuda.empty_cache()
+
+
+def _device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    import platform
+
+    return f"{device} {platform.machine()}"
+
+
+def _utc() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
