@@ -1,0 +1,211 @@
+"""Pictures: one safe reader for files that others made, and the resizes that papers use. NumPy and Pillow only."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import struct
+import threading
+import warnings
+import zlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from bench.types import Error
+
+MAX_BYTES = 64 * 2**20  # a file
+MAX_PIXELS = 64 * 10**6  # a picture
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
+
+# What `read` does where a file leaves it open. It is part of every manifest's digest.
+RULES = (
+    "sRGB as stored: colour profile and orientation tag ignored; palette expanded; grey repeated; "
+    "16-bit: the high byte; CMYK: (255 - ink)(255 - black) / 255; opaque alpha dropped, transparency refused; "
+    "float and 32-bit refused; animations refused, of a multi-picture JPEG the first; "
+    "broken checksum or truncation refused"
+)
+
+_HEADER = threading.Lock()  # warnings.catch_warnings changes the whole process
+_BROKEN = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError)
+_BROKEN += (EOFError, RuntimeError, struct.error, zlib.error, MemoryError)  # what Pillow raises on damaged files
+
+
+def read(source: str | Path | bytes, name: str = "") -> np.ndarray:
+    """uint8 [H, W, 3] of a picture file, or of its bytes; `RULES` says what is done where the file leaves it open.
+
+    Raises Error with file, reason and mend: at most 64 MB and 64 megapixels, regular files only. `name` stands for
+    bytes in messages.
+    """
+    data = source if isinstance(source, bytes) else read_bytes(source)
+    name = name or ("picture" if isinstance(source, bytes) else str(source))
+    if len(data) > MAX_BYTES:
+        raise Error(f"{name} is {len(data):,} bytes, more than {MAX_BYTES:,}", hint="make it smaller or leave it out")
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return _decode(Image, data, name)
+    except Error:
+        raise
+    except Image.DecompressionBombError:
+        raise _too_many_pixels(name) from None
+    except UnidentifiedImageError:
+        known = ", ".join(f for f in FORMATS if f != "MPO")
+        raise Error(f"{name} is not a picture that can be read", hint=f"formats: {known}") from None
+    except _BROKEN as e:
+        reason = str(e) or type(e).__name__
+        raise Error(f"{name} cannot be decoded: {reason}", hint="replace the file or leave it out") from None
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The bytes of a regular file of at most 64 MB. Links, pipes, devices and folders raise Error."""
+    try:
+        # not blocking: opening a pipe would wait for its other end
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as e:
+        reason = "it is a link" if os.path.islink(path) else getattr(e, "strerror", None) or e
+        raise Error(f"cannot read {path}: {reason}", hint="give a regular file that can be read") from None
+    with os.fdopen(fd, "rb") as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise Error(f"cannot read {path}: it is not a regular file", hint="give a file, not a folder or pipe")
+        if status.st_size > MAX_BYTES:
+            size = f"{status.st_size:,} bytes, more than {MAX_BYTES:,}"
+            raise Error(f"{path} is {size}", hint="make it smaller or leave it out")
+        try:
+            return file.read(MAX_BYTES + 1)
+        except OSError as e:
+            raise Error(f"cannot read {path}: {e.strerror or e}", hint="check the disk and try again") from None
+
+
+def _too_many_pixels(name: str) -> Error:
+    return Error(f"{name} has more than {MAX_PIXELS:,} pixels", hint="make it smaller or leave it out")
+
+
+def _open(Image, data: bytes):
+    with _HEADER, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # our own limit is lower than the one Pillow warns of
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def _decode(Image, data: bytes, name: str) -> np.ndarray:
+    image = _open(Image, data)
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_many_pixels(name)
+    if image.format == "PNG":  # Pillow checks the checksums of pixels only here
+        image.verify()
+        image = _open(Image, data)
+    if image.format != "MPO":
+        try:
+            image.seek(1)
+        except EOFError:
+            image.seek(0)
+        else:
+            raise Error(f"{name} has more than one frame", hint="save the frame that is meant as a file of its own")
+    image.load()
+    mode = image.mode
+    if mode in ("F", "I", "LAB", "HSV") or (mode.startswith("I;") and not mode.startswith("I;16")):
+        raise Error(f"{name} has mode {mode}, which has no agreed range", hint="save it as 8-bit or 16-bit RGB")
+    if mode.startswith("I;16"):
+        values = np.asarray(image)
+        if image.info.get("transparency") is not None and (values == image.info["transparency"]).any():
+            raise _transparent(name)
+        return np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        pixels = np.asarray(image.convert("RGBA"))
+        if (pixels[..., 3] != 255).any():
+            raise _transparent(name)
+        return np.ascontiguousarray(pixels[..., :3])
+    return np.array(image.convert("RGB"))
+
+
+def _transparent(name: str) -> Error:
+    return Error(f"{name} is partly transparent", hint="flatten it onto a background; which one changes the pixels")
+
+
+def _shape_checked(image: np.ndarray, size: int) -> tuple[int, int]:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"expected uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
+    if size < 1:
+        raise Error(f"size is {size}; it must be 1 or more")
+    return image.shape[0], image.shape[1]
+
+
+def _centre(image: np.ndarray, size: int) -> np.ndarray:
+    top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
+    return np.ascontiguousarray(image[top : top + size, left : left + size])
+
+
+def adm(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [H, W, 3] -> [size, size, 3], as ADM (Dhariwal & Nichol 2021) crops ImageNet: halve with a box filter while
+    the short side is at least twice the size, bicubic until it is the size, centre crop."""
+    from PIL import Image
+
+    height, width = _shape_checked(image, size)
+    picture = Image.fromarray(image)
+    while min(width, height) >= 2 * size:
+        width, height = width // 2, height // 2
+        picture = picture.resize((width, height), Image.Resampling.BOX)
+    scale = size / min(width, height)
+    picture = picture.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
+    return _centre(np.array(picture), size)
+
+
+def _short_side(height: int, width: int, size: int) -> tuple[int, int]:
+    """(height, width) with the short side = size; the long one is cut to a whole number, as torchvision does."""
+    if height <= width:
+        return size, int(size * width / height)
+    return int(size * height / width), size
+
+
+def _centre_rounded(image: np.ndarray, size: int) -> np.ndarray:
+    """Centre crop with torchvision's offsets: halves are rounded to even."""
+    top, left = round((image.shape[0] - size) / 2), round((image.shape[1] - size) / 2)
+    return np.ascontiguousarray(image[top : top + size, left : left + size])
+
+
+def pil(image: np.ndarray, size: int, filter: str = "bilinear") -> np.ndarray:
+    """uint8 [H, W, 3] -> [size, size, 3]: Pillow's antialiased resize of the short side, then a centre crop, as `Resize`
+    and `CenterCrop` of torchvision treat a Pillow picture. `filter`: bilinear, bicubic or lanczos."""
+    from PIL import Image
+
+    target = _short_side(*_shape_checked(image, size), size)
+    picture = Image.fromarray(image).resize(target[::-1], Image.Resampling[filter.upper()])
+    return _centre_rounded(np.array(picture), size)
+
+
+def tensor(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [H, W, 3] -> [size, size, 3]: as torchvision's `ToTensor`, `Resize(size)`, `CenterCrop(size)`, antialiased
+    bilinear in float32, then rounded to uint8."""
+    import torch
+
+    target = _short_side(*_shape_checked(image, size), size)
+    if target == image.shape[:2]:
+        return _centre_rounded(image, size)
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
+    pixels = torch.nn.functional.interpolate(pixels, target, mode="bilinear", align_corners=False, antialias=True)
+    pixels = (pixels[0] * 255).round().clamp(0, 255).to(torch.uint8)
+    return _centre_rounded(pixels.permute(1, 2, 0).numpy(), size)
+
+
+def none(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [H, W, 3] -> [size, size, 3]: the centre, not resized. Raises Error where the picture is smaller."""
+    height, width = _shape_checked(image, size)
+    if min(height, width) < size:
+        hint = f"choose a size of at most {min(height, width)}, or a resize such as adm"
+        raise Error(f"a picture of {width}x{height} px has no centre of {size} px", hint=hint)
+    return _centre(image, size)
+
+
+RESIZES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
+    "adm": adm,
+    "pil-bilinear": partial(pil, filter="bilinear"),
+    "pil-bicubic": partial(pil, filter="bicubic"),
+    "pil-lanczos": partial(pil, filter="lanczos"),
+    "tensor-bilinear": tensor,
+    "none": none,
+}
