@@ -169,8 +169,8 @@ def _centre_rounded(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def pil(image: np.ndarray, size: int, filter: str = "bilinear") -> np.ndarray:
-    """uint8 [H, W, 3] -> [size, size, 3]: Pillow's antialiased resize of the short side, then a centre crop, as `Resize`
-    and `CenterCrop` of torchvision treat a Pillow picture. `filter`: bilinear, bicubic or lanczos."""
+    """uint8 [H, W, 3] -> [size, size, 3]: Pillow's antialiased resize of the short side, then a centre crop, as
+    torchvision's `Resize` and `CenterCrop` treat a Pillow picture. `filter`: bilinear, bicubic or lanczos."""
     from PIL import Image
 
     target = _short_side(*_shape_checked(image, size), size)

@@ -86,7 +86,14 @@ class Manifest:
         return len(self._entries)
 
     def ids(self) -> tuple[str, ...]:
+        """In manifest order. Raises Error with the next command where the manifest was never locked."""
+        if not self.locked:
+            raise Error(f"data {self.name} was never locked, so nobody knows what it is", hint=self._next_step())
         return tuple(self._entries)
+
+    def num_clusters(self) -> int:
+        """How many groups of items are independent of each other; what intervals count."""
+        return len({entry.item.cluster or id for id, entry in self._entries.items()})
 
     def chunks(self, size: int) -> Iterator[tuple[str, ...]]:
         """The ids in order, `size` at a time; the last chunk may be shorter."""
@@ -125,7 +132,7 @@ class Manifest:
         return picture[top : top + size, left : left + size].copy()
 
     def subset(self, limit: int) -> Manifest:
-        """The first `limit` items in the order of their hashes, as a manifest in the old order; itself if it has fewer."""
+        """The first `limit` items in the order of their hashes, listed in the old order; itself if it has fewer."""
         if limit < 1:
             raise UsageError(f"limit is {limit}; it must be 1 or more")
         if limit >= len(self):
@@ -136,13 +143,18 @@ class Manifest:
         part.digests = self.digests
         return part
 
-    def ready(self) -> None:
-        """Raises Error with the next command where the manifest was never locked or a file is missing."""
-        if not self.locked:
-            raise Error(f"data {self.name} was never locked, so nobody knows what it is", hint=self._next_step())
-        missing = [p for p in dict.fromkeys(e.item.path for e in self._entries.values()) if p and not p.is_file()]
+    def check(self) -> None:
+        """Every file is there and has its SHA-256, as far as `digests` does not remember it; nothing is decoded.
+
+        Raises Error with the next command: never locked, missing or changed.
+        """
+        paths = {self._entries[id].item.path: self._entries[id].sha256 for id in self.ids()}
+        paths.pop(None, None)
+        missing = [path for path in paths if not path.is_file()]
         if missing:
             raise self._absent(missing[0], len(missing))
+        for path, sha256 in paths.items():
+            self._compare(path, sha256, self.digests.of(path))
 
     def _entry(self, id: str) -> Entry:
         try:
@@ -221,7 +233,7 @@ def lock(name: str, data_root: Path | None = None) -> Path:
 def verify(name: str, data_root: Path | None = None, digests: FileDigests | None = None) -> int:
     """Reads and decodes every item; returns how many there are. Raises Error naming what is missing or changed."""
     manifest = load(name, data_root, digests)
-    manifest.ready()
+    manifest.check()
     for id in manifest.ids():
         if manifest.item(id).path is not None:
             manifest.read(id)
@@ -373,7 +385,7 @@ def content_digest(header: Mapping[str, Any], rows: Sequence[Mapping[str, str]])
 
 
 def crop_boxes(width: int, height: int, size: int, stride: int, limit: int) -> list[tuple[int, int, int]]:
-    """(left, top, size) of square crops spread evenly from edge to edge, at least `stride` px apart and at most `limit`;
+    """(left, top, size) of square crops, spread evenly from edge to edge, at least `stride` px apart, at most `limit`:
     where a grid has more, its stride grows until it has not. Empty where the picture is smaller than a crop."""
     if min(width, height) < size:
         return []
