@@ -95,8 +95,8 @@ def ratio(
 
     `transform` is monotone, such as `lambda r: 10 * np.log10(r)`. Whole clusters are drawn with replacement; the
     percentile interval is expanded to the width that t has over the normal law with G clusters (Hesterberg 2015,
-    section 5.3): 5 clusters covered 94 %, without it 85 %. No value where the denominators sum to zero or the transform of
-    the ratio is not finite; no interval from one cluster, or where a bound is not finite.
+    section 5.3): 5 clusters covered 94 %, without it 85 %. No value where the denominators sum to zero or the
+    transform of the ratio is not finite; no interval from one cluster, or where a bound is not finite.
     """
     numerators, denominators = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
     if numerators.shape != denominators.shape:
