@@ -1,0 +1,278 @@
+"""Autoencoder reconstruction: how much of a picture survives decode(encode(x)), and at what rate?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bench.capabilities import Autoencoder, Latents
+from bench.suite import Metric, Suite
+from bench.types import Data, Error, Estimate, Figure, Table, Unit, UsageError
+from suites.reconstruction import bands, protocols, regions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Reconstruction(Suite):
+    data: Data = "photographs"
+    protocol: str = "embedded"  # what exactly is compared, as in `suites.reconstruction.protocols`
+    size: int = 256  # px, of the square pictures; a multiple of 16
+    chunk: int = 64  # pictures per unit: what a crash can cost
+
+    name = "reconstruction"
+    version = 1
+    requires = (Autoencoder,)
+    slices = ("kind",)
+
+    def __post_init__(self):
+        try:
+            protocols.get(self.protocol)
+        except ValueError as e:
+            raise UsageError(str(e), hint=f"one of {', '.join(protocols.PRESETS)}") from None
+        if self.size < 16 or self.size % 16:
+            raise UsageError(f"size = {self.size} must be a multiple of 16 px", hint="Haar levels halve it four times")
+        if self.chunk < 1:
+            raise UsageError(f"chunk = {self.chunk} must be 1 or more")
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        from bench.metrics import LPIPS, MSSSIM, PSNR, SSIM, BitsPerPixel, Frechet
+
+        p = protocols.get(self.protocol)
+        found: list[Metric] = [BitsPerPixel()]
+        if p.psnr:
+            found.append(PSNR(**self._media(p.psnr_pixels)))
+        if p.ssim:
+            scale = dict(flavour=p.ssim, scale=p.ssim_scale, data_range=p.ssim_range)
+            found.append(SSIM(**self._media(p.ssim_pixels), **scale))
+            if p.ms_ssim:
+                found.append(MSSSIM(**self._media(p.ssim_pixels)))
+        found += [LPIPS(net=net, **self._media(p.lpips_pixels)) for net in p.lpips]
+        if p.frechet:
+            extractor = p.frechet if p.frechet == "embedded" else f"{p.frechet}-{p.frechet_resize}"
+            found.append(Frechet(extractor=extractor, **self._media(p.frechet_pixels)))
+        if p.psnr and p.psnr_pixels == protocols.SAME:
+            found += [Bands(), Sharpness(), RegionPSNR()]
+        return tuple(found)
+
+    def units(self, data: Any) -> Iterator[Unit]:
+        for i, ids in enumerate(data.chunks(self.chunk)):
+            yield Unit(f"{i:04d}", tuple(ids), cost=len(ids))
+
+    def run(self, unit: Unit, model: Any, ctx: Any) -> Iterator[tuple[list[str], Mapping[str, Any]]]:
+        p = protocols.get(self.protocol)
+        for ids in ctx.batches(unit):
+            x = ctx.images(ids, self.size, p.resize)
+            if p.scaling == "float64":
+                x = _from_bytes(_pixels(x, "round"), float64=True)
+            seeds = [ctx.seed(id, "posterior") for id in ids] if p.posterior == "sample" else None
+            y, rate = _reconstruct(model, x, seeds)
+            _check(ids, x, y)
+            media = {"pixels": [self.size * self.size] * len(ids), **rate}
+            for pair in self._pairs():
+                names = self._media(pair)
+                media[names["real"]], media[names["fake"]] = _prepare(x, y, pair)
+            yield ids, media
+
+    def figures(self, table: Table) -> Iterator[Figure]:
+        p = protocols.get(self.protocol)
+        if p.psnr and len(table):
+            yield _psnr_figure(table, self.slices)
+            if p.psnr_pixels == protocols.SAME:
+                yield _bands_figure(table)
+
+    def _pairs(self) -> list[tuple[str, str]]:
+        """How originals and reconstructions reach the metrics: each way once, the way of PSNR first."""
+        p = protocols.get(self.protocol)
+        used = {"psnr": p.psnr_pixels, "ssim": p.ssim_pixels, "lpips": p.lpips_pixels, "frechet": p.frechet_pixels}
+        return list(dict.fromkeys(pair for metric, pair in used.items() if getattr(p, metric)))
+
+    def _media(self, pair: tuple[str, str]) -> dict[str, str]:
+        """Which media a metric compares, and how they were quantised; fields of every metric of pairs."""
+        suffix = "" if pair == self._pairs()[0] else "-" + "-".join(pair)
+        quantise = pair[0] if pair in (("round", "round"), ("trunc", "trunc")) else "none"
+        return {"real": f"image{suffix}", "fake": f"recon{suffix}", "quantise": quantise}
+
+
+def _reconstruct(model: Any, x: Tensor, seeds: list[int] | None) -> tuple[Tensor, dict[str, list[float]]]:
+    """The reconstruction, float32 and not clamped, and the columns `bits` and `side_bits` per picture."""
+    import torch
+
+    with torch.no_grad():
+        latents = model.encode(x.clone())  # a model may write into what it is given
+        if isinstance(latents, Latents):
+            bits, side = list(latents.bits), list(latents.side_bits) or [0.0] * len(x)
+        else:
+            bits, side = [float(latents[0].numel() * latents.element_size() * 8)] * len(x), [0.0] * len(x)
+        y = model.decode(latents, seeds)
+    return y.detach().to(x.device, torch.float32), {"bits": bits, "side_bits": side}
+
+
+def _check(ids: list[str], x: Tensor, y: Tensor) -> None:
+    """Raises Error where a reconstruction is not a finite picture of the size of its original."""
+    if y.shape != x.shape:
+        raise Error(
+            f"the model decoded {list(x.shape)} into {list(y.shape)}",
+            hint="choose a size that the model can code without padding",
+        )
+    finite = y.isfinite().flatten(1).all(1).tolist()
+    bad = [id for id, ok in zip(ids, finite, strict=True) if not ok]
+    if bad:
+        raise Error(f"the model decoded NaN or infinity in {len(bad)} of {len(ids)} pictures, item {bad[0]} first")
+
+
+def _prepare(x: Tensor, y: Tensor, pair: tuple[str, str]) -> tuple[Tensor, Tensor]:
+    """A pair as a protocol compares it: both uint8 [B, 3, H, W], or both float32 where one of them is not quantised."""
+    x, y = _pixels(x, pair[0]), _pixels(y, pair[1])
+    if x.dtype == y.dtype:
+        return x, y
+    return (_from_bytes(x), y) if y.is_floating_point() else (x, _from_bytes(y))
+
+
+def _pixels(v: Tensor, mode: str) -> Tensor:
+    from bench.metrics.pixel import quantise
+
+    if mode == "raw":
+        return v
+    return v.clamp(-1, 1) if mode == "clamp" else quantise(v, mode)
+
+
+def _from_bytes(v: Tensor, float64: bool = False) -> Tensor:
+    """uint8 -> float32 in [-1, 1], by float32 arithmetic or rounded once from float64."""
+    return (v.double() / 127.5 - 1).float() if float64 else v.float().div(127.5).sub(1)
+
+
+def _arrays(media: Mapping[str, Any]) -> zip:
+    """Pairs of uint8 [3, H, W] arrays, original and reconstruction."""
+    return zip(media["image"].cpu().numpy(), media["recon"].cpu().numpy(), strict=True)
+
+
+@dataclass(frozen=True)
+class Bands:
+    """SNR of each scale of a Haar pyramid, from `bands.1` (finest) to `bands.4` and `bands.ll` (means of 16 x 16 px).
+
+    Pooled: the energy of all originals over the energy of all errors, in dB. A mean of decibels would let flat
+    pictures, which have no energy in a band, decide, and has no value for a picture without error.
+    """
+
+    name = "bands"
+    version = 1
+    unit = "dB"
+    better = "higher"
+
+    def measure(self, media, ctx):
+        found = np.stack([bands.by_scale(bands.energies(x, y)) for x, y in _arrays(media)])
+        return {
+            f"band.{scale}.{what}": found[:, i, j].tolist()
+            for i, scale in enumerate(bands.SCALES)
+            for j, what in enumerate(("signal", "error", "output"))
+        }
+
+    def reduce(self, table):
+        return {scale: _pooled(table, scale, "signal", "error", _decibels) for scale in bands.SCALES}
+
+    def signature(self, table):
+        return f"bands|haar:{bands.LEVELS}|pooled|v:{self.version}"
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """Energy of the reconstructions over energy of the originals per scale: below 1 is blur, above 1 added detail."""
+
+    name = "sharpness"
+    version = 1
+    unit = "ratio"
+    better = "none"
+
+    def measure(self, media, ctx):
+        return {}  # what `Bands` measures is enough
+
+    def reduce(self, table):
+        return {scale: _pooled(table, scale, "output", "signal") for scale in bands.SCALES}
+
+    def signature(self, table):
+        return f"sharpness|haar:{bands.LEVELS}|pooled|v:{self.version}"
+
+
+@dataclass(frozen=True)
+class RegionPSNR:
+    """Mean PSNR at edges and in flat, dark and bright areas of the original; null where an area is too small."""
+
+    name = "region-psnr"
+    version = 1
+    unit = "dB"
+    better = "higher"
+
+    def measure(self, media, ctx):
+        found = [regions.masked_psnr(x, y, regions.masks(x)) for x, y in _arrays(media)]
+        return {f"{self.name}.{region}": [one[region] for one in found] for region in regions.REGIONS}
+
+    def reduce(self, table):
+        return {region: self._mean(table, f"{self.name}.{region}") for region in regions.REGIONS}
+
+    def _mean(self, table: Table, column: str) -> Estimate:
+        from bench.metrics.pixel import mean_of_rows
+
+        withheld = sum(v is None for v in table.column(column))
+        reason = f"{withheld} without such an area of {regions.MIN_PIXELS} px, or without error in it"
+        return mean_of_rows(table, column, withheld, reason)
+
+    def signature(self, table):
+        return f"region-psnr|range:255|round|min:{regions.MIN_PIXELS}px|v:{self.version}"
+
+
+def _decibels(ratio: np.ndarray) -> np.ndarray:
+    return 10 * np.log10(ratio)
+
+
+def _pooled(table: Table, scale: str, over: str, under: str, transform: Any = None) -> Estimate:
+    """The ratio of two energies summed over the set, with the interval of a bootstrap by cluster."""
+    from bench import stats
+
+    top, bottom = table.values(f"band.{scale}.{over}"), table.values(f"band.{scale}.{under}")
+    return stats.ratio(top, bottom, clusters=table.clusters(), seed=table.seed, transform=transform)
+
+
+def _bands_figure(table: Table) -> Figure:
+    rows = []
+    for scale, estimate in Bands().reduce(table).items():
+        rows.append({"scale": scale, "snr": estimate.value, "low": estimate.low, "high": estimate.high})
+
+    def draw(axes: Any) -> None:
+        drawn = [(i, row) for i, row in enumerate(rows) if row["snr"] is not None]
+        axes.plot([i for i, _ in drawn], [row["snr"] for _, row in drawn], marker="o")
+        bars = [(i, row["low"], row["high"]) for i, row in drawn if row["low"] is not None]
+        axes.vlines(*([list(column) for column in zip(*bars, strict=True)] or ([], [], [])))
+        axes.set_xticks(range(len(rows)), [row["scale"] for row in rows])
+        axes.set_xlabel("scale (1: finest, ll: means of 16 x 16 px)")
+        axes.set_ylabel("SNR (dB)")
+
+    return Figure("bands", "Signal-to-noise ratio by scale", rows, draw)
+
+
+def _psnr_figure(table: Table, slices: tuple[str, ...]) -> Figure:
+    """The share of pictures up to each PSNR, for all and for each slice."""
+    parts = {"all": table}
+    for column in slices:
+        for value in sorted({str(v) for v in table.column(column) if v is not None}):
+            parts[f"{column}={value}"] = table.where(column, value)
+    rows = []
+    for name, part in parts.items():
+        values = sorted(v for v in part.column("psnr") if v is not None)
+        rows += [{"slice": name, "psnr": v, "share": (i + 1) / len(values)} for i, v in enumerate(values)]
+
+    def draw(axes: Any) -> None:
+        for name in parts:
+            points = [(row["psnr"], row["share"]) for row in rows if row["slice"] == name]
+            if points:
+                axes.step(*zip(*points, strict=True), where="post", label=name)
+        axes.set_xlabel("PSNR (dB)")
+        axes.set_ylabel("share of pictures at or below")
+        axes.legend()
+
+    return Figure("psnr", "Distribution of PSNR", rows, draw)
