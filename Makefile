@@ -1,0 +1,32 @@
+# make demo   every suite on the embedded models and pictures, ending in a report
+# make test   the tests; no network, no GPU
+# make perf   time and memory against peer libraries, as ratios, written to reports/perf/
+# make clean  remove build outputs and caches; .venv and results stay
+# A CPU-only torch that is already in .venv is kept. Another Python: make setup PYTHON=python3.12
+
+PYTHON ?= python3
+STAMP := .venv/.stamp
+
+.PHONY: demo test perf setup clean
+
+demo: setup
+	@.venv/bin/bench demo
+
+test: setup
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
+
+perf: setup
+	@OMP_NUM_THREADS=1 .venv/bin/python tests/perf
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	@echo "installing into .venv; the first time several GB (torch), minutes"
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $(STAMP)
+
+clean:
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find bench suites tests -name __pycache__ -type d -prune -exec rm -rf {} +
