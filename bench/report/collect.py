@@ -1,0 +1,395 @@
+"""What a board stands on: scores from the store and from CSV files, each run's facts, and who may be compared with whom.
+
+Beside its page a board keeps `scores.csv`, `pairs.csv` and `runs.json`, and their digests in `SHA256SUMS`. A clone without a
+store draws the same page from them. Rows of any other CSV file are cited, whatever they say of themselves.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from bench.identity import digest
+from bench.report.board import Board
+from bench.types import Error, Estimate, Score
+
+SUMS = "SHA256SUMS"
+KEPT = ("scores.csv", "pairs.csv", "runs.json")  # what a page can be drawn from again
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the page says of a run beyond its scores; one entry of runs.json."""
+
+    run: str
+    suite: str
+    suite_version: int
+    model: str
+    seed: int
+    fields: Mapping[str, Any]
+    data: Any
+    adapter: str
+    adapter_args: Mapping[str, Any]
+    manifests: Sequence[Mapping[str, Any]] = ()
+    sensitive: bool = True
+    redistribute: bool = False
+    limit: Any = None
+    command: str = ""
+    git: Mapping[str, Any] = field(default_factory=dict)
+    packages: Mapping[str, Any] = field(default_factory=dict)
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    started: str = ""
+    failures: Sequence[Mapping[str, Any]] = ()  # kind, count, unit, message, trace
+
+    @property
+    def protocol(self) -> str:
+        """Runs of one protocol may stand in one column: same suite version, fields and data."""
+        manifests = sorted(str(m.get("digest", m.get("name"))) for m in self.manifests)
+        return digest([self.suite, self.suite_version, self.fields, self.data, manifests])
+
+    @property
+    def entity(self) -> str:
+        """The row of the table: the same model with the same weights and the same root seed."""
+        return digest([self.model, self.seed, self.adapter, self.adapter_args])
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A score of a run whose facts are known."""
+
+    score: Score
+    facts: Facts
+    ranked: bool = True  # measured, over all items, with a value
+
+
+@dataclass
+class Row:
+    """One model: a cell per column, or None."""
+
+    label: str
+    cells: list[Cell | None]
+
+
+@dataclass
+class Apart:
+    """Scores that no column takes, and why."""
+
+    label: str
+    reason: str
+    cells: list[Cell | None]
+
+
+@dataclass
+class Collection:
+    board: Board
+    rows: list[Row] = field(default_factory=list)
+    apart: list[Apart] = field(default_factory=list)
+    cited: list[Score] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)  # all measured scores of the runs on the board
+    facts: dict[str, Facts] = field(default_factory=dict)
+    runs: dict[str, Any] = field(default_factory=dict)  # those that are in the store
+    partial: list[str] = field(default_factory=list)  # runs left out
+    limited: list[str] = field(default_factory=list)
+    kept: Mapping[str, Any] = field(default_factory=dict)  # runs.json of the earlier page, when it is whole
+    pairs: dict[tuple[str, str, str], Estimate] = field(default_factory=dict)  # of the earlier page
+
+
+# -- reading
+
+
+def load(path: str | Path) -> list[Score]:
+    """The scores of a scores.csv, of a run's folder or of a board's folder.
+
+    Rows of a file are `cited` whatever they say, unless the file is a board's own and its digest still holds, or it is
+    the scores.csv of a run. Raises Error for a file that cannot be read or contradicts itself.
+    """
+    path = Path(path)
+    file = path / "scores.csv" if path.is_dir() else path
+    own = file.name == "scores.csv" and (untouched(file) or (file.parent / "run.json").is_file())
+    return read_scores(file, own)
+
+
+def read_scores(file: Path, own: bool) -> list[Score]:
+    """Rows of a CSV file, checked; `own` believes the column `source`."""
+    from bench.store import parse_scores
+
+    try:
+        scores = parse_scores(file.read_bytes(), file)
+    except OSError as e:
+        raise Error(
+            f"{file} cannot be read: {e.strerror}", hint="sources are `store` or CSV files beside the board"
+        ) from None
+    except UnicodeDecodeError:
+        raise Error(f"{file} is not UTF-8", hint="save it as UTF-8") from None
+    except csv.Error as e:
+        raise Error(f"{file}: {e}", hint="it must be a CSV file") from None
+    return [_checked(s, f"{file} row {i}", own) for i, s in enumerate(scores, 1)]
+
+
+def _checked(score: Score, where: str, own: bool) -> Score:
+    if score.better not in ("higher", "lower", "none"):
+        raise Error(f"{where}: better = {score.better!r}", hint="higher, lower or none")
+    for name in ("value", "low", "high"):
+        value = getattr(score, name)
+        if value is not None and not math.isfinite(value):
+            raise Error(f"{where}: {name} is {value}", hint="leave it empty where nothing was measured")
+    if score.low is not None and score.high is not None and score.low > score.high:
+        raise Error(f"{where}: the interval of {score.metric} is upside down: {score.low!r} to {score.high!r}")
+    if score.n < score.expected and not score.note:
+        score = replace(score, complete=False)
+    if score.source == "measured" and not own:
+        score = replace(score, source=f"read from {Path(where.rsplit(' row ', 1)[0]).name}")
+    return score
+
+
+def untouched(file: Path) -> bool:
+    """Is the file what the board wrote, by the digests beside it?"""
+    import hashlib
+
+    try:
+        lines = (file.parent / SUMS).read_text(encoding="utf-8").splitlines()
+        return f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}" in lines
+    except (OSError, ValueError):
+        return False
+
+
+def facts_of(run: Any, failures: bool = False) -> Facts:
+    """What a run's folder says of it. Only a plain True or False counts for what may be shown."""
+    from bench.text import mask
+
+    meta, spec = run.meta, run.spec
+    manifests = meta.get("manifests") or ()
+    return Facts(
+        run=run.id,
+        suite=spec["suite"],
+        suite_version=spec["suite_version"],
+        model=str(meta["model"]),
+        seed=spec.get("seed", 0),
+        fields=spec.get("fields", {}),
+        data=spec.get("data"),
+        adapter=str(spec.get("adapter", "")),
+        adapter_args=spec.get("adapter_args") or {},
+        manifests=[dict(m) for m in manifests],
+        sensitive=not (meta.get("sensitive") is False and all(m.get("sensitive", False) is False for m in manifests)),
+        redistribute=meta.get("redistribute") is True and all(m.get("redistribute", True) is True for m in manifests),
+        limit=spec.get("limit"),
+        command=mask(str(meta.get("command", ""))),
+        git=meta.get("git") or {},
+        packages=meta.get("packages") or {},
+        machine=meta.get("machine") or {},
+        started=str(meta.get("started", "")),
+        failures=list(_failures(run)) if failures else (),
+    )
+
+
+def _failures(run: Any) -> Iterator[dict[str, Any]]:
+    """Failed units by kind, the commonest first, each with the trace of its first unit."""
+    from bench.text import mask
+
+    kinds: dict[str, list[Any]] = {}
+    for record in run.failures():
+        kinds.setdefault(str((record.error or {}).get("kind", "unknown")), []).append(record)
+    for kind, records in sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0])):
+        error = records[0].error or {}
+        yield {
+            "kind": mask(kind),
+            "count": len(records),
+            "unit": mask(records[0].unit),
+            "message": mask(str(error.get("message", "")))[:2000],
+            "trace": mask(str(error.get("trace", "")))[-8000:],
+        }
+
+
+# -- gathering
+
+
+def collect(board: Board, store: Any, out: Path) -> Collection:
+    """Every score that the board selects, sorted into columns, what stands apart, and what is cited."""
+    found = Collection(board)
+    wanted = "store" in board.sources
+    if wanted and store is not None:
+        for run in store.runs():
+            if not _selected(board, str(run.spec["suite"]), str(run.meta["model"])):
+                continue
+            if run.spec.get("limit") is not None:
+                found.limited.append(run.id)
+                continue
+            _take(found, run.id, facts_of(run), run.scores(), run)
+    for source in board.sources:
+        if source != "store":
+            _read_source(found, source, out)
+    _arrange(found)
+    return found
+
+
+def _selected(board: Board, suite: str, model: str) -> bool:
+    return any(fnmatchcase(suite, p) for p in board.select.suite) and any(
+        fnmatchcase(model, p) for p in board.select.model
+    )
+
+
+def _take(found: Collection, run_id: str, facts: Facts, scores: list[Score], run: Any = None) -> None:
+    partial = not scores or any(not s.complete for s in scores)
+    if partial:
+        if run is not None:
+            facts = replace(facts, failures=list(_failures(run)))
+        found.partial.append(run_id)
+    found.facts[run_id] = facts
+    if partial and (found.board.select.complete or not scores):
+        return
+    found.scores += scores
+    if run is not None:
+        found.runs[run_id] = run
+
+
+def _read_source(found: Collection, source: str, out: Path) -> None:
+    board = found.board
+    own_file = source == f"{board.name}/scores.csv"
+    file = out / "scores.csv" if own_file else board.folder / source
+    if own_file and not file.exists():
+        return
+    own = own_file and all(untouched(out / name) for name in KEPT)
+    scores = [s for s in read_scores(file, own) if any(fnmatchcase(s.suite, p) for p in board.select.suite)]
+    if own:
+        found.kept = json.loads((out / "runs.json").read_text(encoding="utf-8"))
+        found.limited = sorted({*found.limited, *found.kept["limited"]})
+        found.pairs = dict(read_pairs((out / "pairs.csv").read_text(encoding="utf-8")))
+        known = {f.name for f in fields(Facts)}
+        for run_id, entry in found.kept["runs"].items():
+            if run_id not in found.facts and _selected(board, entry["suite"], entry["model"]):
+                facts = Facts(**{k: v for k, v in entry.items() if k in known})
+                _take(found, run_id, facts, [s for s in scores if s.run == run_id and s.source == "measured"])
+        scores = [s for s in scores if s.source != "measured"]
+    measured = set(found.facts)
+    seen = {(s.model, s.metric, s.slice, s.source) for s in found.cited}
+    found.cited += [s for s in scores if s.run not in measured and (s.model, s.metric, s.slice, s.source) not in seen]
+
+
+def _arrange(found: Collection) -> None:
+    """Sorts scores into the rows of the table; what differs in protocol or signature stands apart with the reason."""
+    board = found.board
+    scores: dict[tuple[str, str, str], list[Score]] = {}
+    for score in found.scores:
+        scores.setdefault((score.suite, score.metric, score.slice), []).append(score)
+    main = {suite: _main_protocol(found, suite) for suite in {c.suite for c in board.column}}
+    rows: dict[str, Row] = {}
+    apart: dict[tuple[str, str], Apart] = {}
+    for i, column in enumerate(board.column):
+        here = scores.get((column.suite, column.metric, column.slice), [])
+        standing = [s for s in here if found.facts[s.run].protocol == main[column.suite]]
+        signature = most_common(s.signature for s in standing)
+        for score in here:
+            facts = found.facts[score.run]
+            ranked = score.complete and score.value is not None
+            cell = Cell(score, facts, ranked)
+            reason = why_apart(found, facts, main[column.suite]) or (
+                "" if score.signature == signature else f"signature {score.signature}, the column has {signature}"
+            )
+            if reason:
+                entry = apart.setdefault((score.run, reason), Apart(facts.model, reason, [None] * len(board.column)))
+                entry.cells[i] = cell
+                continue
+            row = rows.setdefault(facts.entity, Row(facts.model, [None] * len(board.column)))
+            if row.cells[i] is None:
+                row.cells[i] = cell
+            else:  # the same model, weights, seed and protocol twice: other code or another adapter version
+                entry = apart.setdefault(
+                    (score.run, "twice"), Apart(facts.model, "the same model stands above", [None] * len(board.column))
+                )
+                entry.cells[i] = cell
+    found.rows = _labelled(rows)
+    found.apart = sorted(apart.values(), key=lambda a: (a.reason, a.label))
+
+
+def _main_protocol(found: Collection, suite: str) -> str:
+    """The protocol that most runs of a suite share; among equals the newest version, then by digest."""
+    groups: dict[str, list[Facts]] = {}
+    for run_id in dict.fromkeys(s.run for s in found.scores if s.suite == suite):
+        groups.setdefault(found.facts[run_id].protocol, []).append(found.facts[run_id])
+    return max(groups, key=lambda k: (len(groups[k]), groups[k][0].suite_version, k)) if groups else ""
+
+
+def most_common(values: Iterable[str]) -> str:
+    """The commonest string; among equals the first in order."""
+    values = list(values)
+    return min(set(values), key=lambda v: (-values.count(v), v)) if values else ""
+
+
+def why_apart(found: Collection, facts: Facts, protocol: str) -> str:
+    """What differs from the protocol of the column, in words; empty when nothing does."""
+    if facts.protocol == protocol:
+        return ""
+    other = next(f for f in found.facts.values() if f.protocol == protocol)
+    parts = []
+    if facts.suite_version != other.suite_version:
+        parts.append(f"version {facts.suite_version} of the suite, the column has {other.suite_version}")
+    for name in sorted({*facts.fields, *other.fields}):
+        mine, theirs = facts.fields.get(name, "nothing"), other.fields.get(name, "nothing")
+        if mine != theirs:
+            parts.append(f"{name} = {mine}, the column has {theirs}")
+    if not parts or facts.data != other.data:
+        names = [", ".join(str(m.get("name", "?")) for m in f.manifests) or str(f.data) for f in (facts, other)]
+        same = names[0] == names[1]
+        parts.append(f"other content of {names[0]}" if same else f"data {names[0]}, the column has {names[1]}")
+    return "; ".join(parts)
+
+
+def _labelled(rows: Mapping[str, Row]) -> list[Row]:
+    """Rows by label; models of one label are told apart by seed, or else by run."""
+    by_label: dict[str, list[tuple[str, Row]]] = {}
+    for key, row in rows.items():
+        by_label.setdefault(row.label, []).append((key, row))
+    for label, group in by_label.items():
+        if len(group) == 1:
+            continue
+        seeds = [next(c for c in row.cells if c).facts.seed for _, row in group]
+        for (key, row), seed in zip(group, seeds, strict=True):
+            row.label = f"{label} · seed {seed}" if len(set(seeds)) == len(seeds) else f"{label} · {key[:8]}"
+    return sorted(rows.values(), key=lambda r: r.label)
+
+
+# -- writing
+
+
+def dump_runs(found: Collection, tiles: Mapping[str, Any]) -> bytes:
+    """runs.json: the facts and the pictures of the page, so that it can be drawn without the store."""
+    runs = {run_id: asdict(facts) for run_id, facts in sorted(found.facts.items())}
+    value = {"format": 1, "runs": runs, "limited": sorted(found.limited), "tiles": tiles}
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+PAIR_COLUMNS = ("column", "run_a", "run_b", "difference", "low", "high", "method", "n")
+
+
+def dump_pairs(pairs: Mapping[tuple[str, str, str], Estimate]) -> bytes:
+    """pairs.csv: the paired differences a - b behind shared and unshared ranks, with 95 % intervals."""
+    from bench.text import csv_cell
+
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(PAIR_COLUMNS)
+    for (column, a, b), e in sorted(pairs.items()):
+        numbers = ["" if v is None else repr(v) for v in (e.value, e.low, e.high)]
+        writer.writerow([csv_cell(column), csv_cell(a), csv_cell(b), *numbers, csv_cell(e.method), e.n])
+    return out.getvalue().encode()
+
+
+def read_pairs(text: str) -> Iterator[tuple[tuple[str, str, str], Estimate]]:
+    from bench.text import csv_value
+
+    for row in csv.DictReader(io.StringIO(text)):
+        value, low, high = (float(row[k]) if row[k] else None for k in ("difference", "low", "high"))
+        key = (csv_value(row["column"]), csv_value(row["run_a"]), csv_value(row["run_b"]))
+        yield key, Estimate(value, low, high, csv_value(row["method"]), int(row["n"]))
+
+
+def sums(files: Mapping[str, bytes]) -> bytes:
+    """`sha256sum -c` reads it."""
+    return "".join(f"{digest(files[name])}  {name}\n" for name in KEPT).encode()

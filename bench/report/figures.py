@@ -1,0 +1,359 @@
+"""Figures of a board: drawn once with matplotlib, written as files, and set into the page in its own colours."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from xml.etree import ElementTree
+
+from bench.report.board import Plot
+from bench.report.collect import Cell, Collection
+
+# Sentinels that the page replaces by its own colours, so that one drawing serves light and dark.
+INK, MUTED, LINE, PAPER = "#1b1f24", "#667080", "#d5dae1", "#ffffff"
+ROLES = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", PAPER: "var(--paper)"}
+COLOURS = ("#2f6db5", "#cf5c36", "#2c8c69", "#9a4f96", "#b5851d", "#5b7386", "#bd3f54", "#6a62b7")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
+MOST = 40  # models in a forest, and lines in a profile stay readable below MOST_LINES
+MOST_LINES = 8
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure: `svg` as a file, `inline` for the page, `rows` for the CSV beside it."""
+
+    name: str
+    title: str
+    note: str
+    svg: bytes
+    inline: str
+    rows: Sequence[Mapping[str, Any]]
+
+    @property
+    def csv(self) -> bytes:
+        from bench.text import csv_cell
+
+        out = io.StringIO()
+        names = list(dict.fromkeys(k for row in self.rows for k in row))
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(names)
+        for row in self.rows:
+            cells = ("" if row.get(k) is None else row[k] for k in names)
+            writer.writerow([csv_cell(v) if isinstance(v, str) else repr(v) for v in cells])
+        return out.getvalue().encode()
+
+
+def family(label: str) -> str:
+    """A label without the trailing number that orders its models: `jpeg-75` and `jpeg q50` -> `jpeg`."""
+    shorter = re.sub(r"[\s_:=@·-]*(?:q|quality|bpp)?[\s_:=@·-]*\d+(?:\.\d+)?\s*$", "", label, flags=re.I)
+    return shorter or label
+
+
+def draw_all(found: Collection, order: Sequence[str]) -> list[Drawing]:
+    """Every figure of the board that has something to show. `order` lists the row labels, best first."""
+    drawings = []
+    for i, plot in enumerate(found.board.figure, 1):
+        rows, size, paint = KINDS[plot.kind](plot, found, order)
+        if rows:
+            name = f"{i:02d}-{re.sub(r'[^a-z0-9]+', '-', plot.title.lower()).strip('-')[:50] or plot.kind}"
+            drawings.append(render(name, plot.title, plot.note, rows, size, paint))
+    return drawings
+
+
+def render(
+    name: str,
+    title: str,
+    note: str,
+    rows: Sequence[Mapping[str, Any]],
+    size: tuple[float, float],
+    paint: Callable[[Any], None],
+) -> Drawing:
+    """Paints on an axes of `size` (inches) and keeps the SVG without date, version or random ids."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    style = {
+        "svg.hashsalt": name,
+        "svg.fonttype": "none",
+        "text.parse_math": False,
+        "font.family": ["DejaVu Sans"],
+        "font.size": 9.0,
+        "axes.edgecolor": MUTED,
+        "axes.labelcolor": INK,
+        "axes.linewidth": 0.8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.unicode_minus": True,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "xtick.labelcolor": MUTED,
+        "ytick.labelcolor": MUTED,
+        "xtick.major.width": 0.8,
+        "ytick.major.width": 0.8,
+        "xtick.minor.width": 0.5,
+        "ytick.minor.width": 0.5,
+        "grid.color": LINE,
+        "grid.linewidth": 0.6,
+        "text.color": INK,
+        "figure.facecolor": PAPER,
+        "axes.facecolor": "none",
+        "axes.axisbelow": True,
+    }
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(style)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        paint(axes)
+        out = io.BytesIO()
+        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
+    svg = out.getvalue()
+    return Drawing(name, title, note, svg, inline(svg, name, title), list(rows))
+
+
+def inline(svg: bytes, name: str, title: str) -> str:
+    """The drawing as an element for the page: no style attribute (the page's policy forbids them), no namespace, ids of its
+    own, colours by role. Text stays text and is escaped again on writing."""
+    root = ElementTree.fromstring(svg)
+    prefix = re.sub(r"[^a-z0-9]", "", name.lower())
+    _rewrite(root, prefix)
+    root.attrib.pop("version", None)
+    for key in ("width", "height"):
+        root.attrib.pop(key, None)
+    root.set("role", "img")
+    root.set("aria-label", title)
+    root.set("class", "figure")
+    width = float(root.get("viewBox", "0 0 1 1").split()[2])
+    if width < 1:
+        raise ValueError("a drawing without a view box")
+    return ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
+
+
+DROPPED = {"metadata", "style", "title"}
+TEXT_STYLE = re.compile(r"(?:(?:[a-z-]+|\d+)\s+)*(?P<size>[\d.]+)px")
+
+
+def _rewrite(element: ElementTree.Element, prefix: str) -> None:
+    element.tag = element.tag.rpartition("}")[2]
+    for child in list(element):
+        if child.tag.rpartition("}")[2] in DROPPED:
+            element.remove(child)
+    attributes: dict[str, str] = {}
+    for key, value in element.attrib.items():
+        key = key.rpartition("}")[2]
+        if key == "style":
+            attributes.update(_presentation(value))
+        elif key == "id":
+            attributes["id"] = f"{prefix}-{value}"
+        elif key == "href":
+            attributes["href"] = f"#{prefix}-{value.lstrip('#')}"
+        elif key not in ("type",):
+            attributes[key] = value
+    for key, value in attributes.items():
+        attributes[key] = re.sub(r"url\(#([^)]*)\)", rf"url(#{prefix}-\1)", ROLES.get(value, value))
+    element.attrib.clear()
+    element.attrib.update(attributes)
+    for child in element:
+        _rewrite(child, prefix)
+
+
+def _presentation(style: str) -> dict[str, str]:
+    """A style attribute as presentation attributes."""
+    found = {}
+    for part in style.split(";"):
+        name, _, value = (s.strip() for s in part.partition(":"))
+        if name == "font":
+            match = TEXT_STYLE.match(value)
+            found["font-size"] = match["size"] if match else "9"
+        elif name in ("font-size", "font-family", "font-weight", "font-style"):
+            if name == "font-size":
+                found[name] = value.removesuffix("px")
+        elif name and value:
+            found[name] = value
+    return found
+
+
+# -- what is drawn
+
+
+def _cells(found: Collection, suite: str, metric: str) -> dict[str, Cell]:
+    """Label of a row -> its score of a metric over all items, under the protocol and signature of the columns."""
+    from bench.report.collect import most_common
+
+    run_of = {
+        c.score.run: row.label for row in found.rows for c in row.cells if c is not None and c.score.suite == suite
+    }
+    scores = [
+        s for s in found.scores if s.run in run_of and s.metric == metric and s.slice == "all" and s.value is not None
+    ]
+    signature = most_common(s.signature for s in scores)
+    return {run_of[s.run]: Cell(s, found.facts[s.run]) for s in scores if s.signature == signature}
+
+
+def _axis(cell: Cell, found: Collection) -> str:
+    score = cell.score
+    column = next(
+        (c for c in found.board.column if (c.metric, c.suite, c.slice) == (score.metric, score.suite, "all")), None
+    )
+    label = column.title if column else score.metric
+    unit = f" ({score.unit})" if score.unit and score.unit not in ("1", label) else ""
+    return label + unit + {"higher": "  ↑", "lower": "  ↓"}.get(score.better, "")
+
+
+def _span(cell: Cell) -> tuple[float, float]:
+    """Distances from the value to the ends of its interval, none below zero."""
+    s = cell.score
+    return max(0.0, s.value - (s.value if s.low is None else s.low)), max(
+        0.0, (s.value if s.high is None else s.high) - s.value
+    )
+
+
+def _row(label: str, *cells: Cell) -> dict[str, Any]:
+    row: dict[str, Any] = {"model": label}
+    for c in cells:
+        name = c.score.metric
+        row |= {name: c.score.value, f"{name} low": c.score.low, f"{name} high": c.score.high, f"{name} n": c.score.n}
+    return row
+
+
+def palette(labels: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Family -> colour and marker, the same in every figure of a page."""
+    return {
+        f: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
+        for i, f in enumerate(sorted({family(x) for x in labels}))
+    }
+
+
+def _scatter(plot: Plot, found: Collection, order: Sequence[str]) -> tuple[list, tuple[float, float], Callable]:
+    xs, ys = _cells(found, plot.suite, plot.x), _cells(found, plot.suite, plot.y)
+    labels = sorted((k for k in xs if k in ys), key=lambda k: (family(k), xs[k].score.value, k))
+    rows = [_row(k, xs[k], ys[k]) for k in labels]
+    colours = palette(order)
+
+    def paint(axes: Any) -> None:
+        axes.grid(True)
+        groups: dict[str, list[str]] = {}
+        for k in labels:
+            groups.setdefault(family(k), []).append(k)
+        tags = []
+        for name, members in groups.items():
+            colour, marker = colours[name]
+            x, y = ([v[k].score.value for k in members] for v in (xs, ys))
+            spans = [list(zip(*(_span(v[k]) for k in members), strict=True)) for v in (xs, ys)]
+            axes.errorbar(
+                x, y, xerr=spans[0], yerr=spans[1], color=colour, marker=marker, markersize=4.5, linewidth=1.4,
+                elinewidth=0.8, capsize=0, markeredgecolor=PAPER, markeredgewidth=0.6,
+            )  # fmt: skip
+            tags.append((x[-1], y[-1], name if len(members) > 1 else members[0], colour))
+        values = [xs[k].score.value for k in labels]
+        if min(values) > 0 and max(values) / min(values) > 8:
+            axes.set_xscale("log")
+            from matplotlib.ticker import FuncFormatter, NullFormatter
+
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel(_axis(xs[labels[0]], found))
+        axes.set_ylabel(_axis(ys[labels[0]], found))
+        axes.margins(x=0.06, y=0.08)
+        _tag(axes, tags)
+
+    return rows, (6.4, 4.2), paint
+
+
+def _profile(plot: Plot, found: Collection, order: Sequence[str]) -> tuple[list, tuple[float, float], Callable]:
+    prefix = plot.metric + "."
+    names = list(dict.fromkeys(s.metric for s in found.scores if s.suite == plot.suite and s.metric.startswith(prefix)))
+    series = {name: _cells(found, plot.suite, name) for name in names}
+    names = [n for n in names if series[n]]
+    labels = [k for k in order if any(k in series[n] for n in names)]
+    rows = [
+        {
+            "model": k,
+            "part": n.removeprefix(prefix),
+            "value": c.score.value,
+            "low": c.score.low,
+            "high": c.score.high,
+            "n": c.score.n,
+        }
+        for k in labels
+        for n in names
+        if (c := series[n].get(k))
+    ]
+    colours = palette(order)
+
+    def paint(axes: Any) -> None:
+        axes.grid(True, axis="y")
+        tags = []
+        for i, k in reversed(list(enumerate(labels))):
+            colour, marker = colours[family(k)]
+            points = [(j, series[n][k]) for j, n in enumerate(names) if k in series[n]]
+            x, y = [j for j, _ in points], [c.score.value for _, c in points]
+            loud = i < MOST_LINES
+            axes.errorbar(
+                x, y, yerr=list(zip(*(_span(c) for _, c in points), strict=True)), color=colour if loud else LINE,
+                marker=marker, markersize=4 if loud else 0, linewidth=1.4 if loud else 0.8, elinewidth=0.8, capsize=0,
+                markeredgecolor=PAPER, markeredgewidth=0.6, alpha=1.0,
+            )  # fmt: skip
+            if loud:
+                tags.append((x[-1], y[-1], k, colour))
+        first = next(iter(series[names[0]].values()))
+        axes.set_xticks(range(len(names)), [n.removeprefix(prefix) for n in names])
+        axes.set_ylabel(_axis(first, found).replace(first.score.metric, plot.metric))
+        axes.margins(x=0.04, y=0.08)
+        _tag(axes, tags)
+
+    return rows, (6.4, 4.2), paint
+
+
+def _forest(plot: Plot, found: Collection, order: Sequence[str]) -> tuple[list, tuple[float, float], Callable]:
+    cells = _cells(found, plot.suite, plot.metric)
+    labels = list(cells)
+    if labels:
+        sign = -1 if cells[labels[0]].score.better == "higher" else 1
+        labels = sorted(labels, key=lambda k: (sign * cells[k].score.value, k))
+    shown = labels[:MOST]
+    colours = palette(order)
+
+    def paint(axes: Any) -> None:
+        axes.grid(True, axis="x")
+        for y, k in enumerate(shown):
+            colour, marker = colours[family(k)]
+            low, high = _span(cells[k])
+            axes.errorbar(
+                [cells[k].score.value], [y], xerr=[[low], [high]], color=colour, marker=marker, markersize=5,
+                elinewidth=1.6, capsize=0, markeredgecolor=PAPER, markeredgewidth=0.6,
+            )  # fmt: skip
+        axes.set_yticks(range(len(shown)), shown)
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.spines["left"].set_visible(False)
+        axes.set_ylim(len(shown) - 0.4, -0.6)
+        axes.set_xlabel(_axis(cells[shown[0]], found))
+
+    return [_row(k, cells[k]) for k in labels], (6.4, 0.9 + 0.24 * len(shown)), paint
+
+
+KINDS = {"scatter": _scatter, "profile": _profile, "forest": _forest}
+
+
+def _tag(axes: Any, tags: Sequence[tuple[float, float, str, str]]) -> None:
+    """Names at the right of the last points, moved apart where they would meet."""
+    if not tags:
+        return
+    axes.figure.draw_without_rendering()  # the scales are known from here on
+    gap, placed = 12.0, []
+    for x, y, text, colour in sorted(tags, key=lambda t: axes.transData.transform((t[0], t[1]))[1]):
+        px, py = axes.transData.transform((x, y))
+        for other_x, other_y, width in placed:
+            if px < other_x + width and other_x < px + 6.0 * len(text) and abs(py - other_y) < gap:
+                py = max(py, other_y + gap)
+        placed.append((px, py, 6.0 * len(text) + 8))
+        offset = (py - axes.transData.transform((x, y))[1]) * 72 / axes.figure.dpi
+        axes.annotate(
+            text, (x, y), xytext=(7, offset), textcoords="offset points", color=colour, va="center", annotation_clip=False,
+            fontsize=8.5,
+        )  # fmt: skip

@@ -1,0 +1,120 @@
+"""Pictures on the page: few, chosen by hash, small, blurred for sensitive suites, none where a manifest forbids it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bench.identity import digest
+from bench.report.collect import Collection, Facts
+from bench.types import Error, Record
+
+MOST = 48  # tiles on a page
+MODELS = 6  # at most, the best first
+SIDE = 176  # px, longer side of a thumbnail
+GAIN = 5  # of the difference, said on the page
+BLUR = 9  # px, longer side of what a blurred picture is made from: nothing can be read from it
+ORIGINALS = ("image", "original", "input", "reference", "source")
+
+
+def tiles(found: Collection, runs: Sequence[str], items: int, kept: Mapping[str, Any]) -> dict[str, Any]:
+    """{run: {item: {"original", "output", "difference", "value"}}}, data URLs of JPEG thumbnails.
+
+    `runs` are shown in their order; `kept` are the tiles of the page as it was, for runs that are not in the store.
+    Items are those that most of the runs kept, in the order of the hash of their id: no taste is involved.
+    """
+    shown = [r for r in runs if may_show(found.facts[r])][:MODELS]
+    if not shown or not items:
+        return {}
+    media = {r: _media(found.runs[r].records()) if r in found.runs else None for r in shown}
+    available = {r: set(kept.get(r, {})) if m is None else set(m) for r, m in media.items()}
+    shown = [r for r in shown if available[r]]
+    everything = set().union(*(available[r] for r in shown)) if shown else set()
+    count = {i: sum(i in available[r] for r in shown) for i in everything}
+    chosen = sorted(everything, key=lambda i: (-count[i], digest(["gallery", i])))[
+        : min(items, MOST // max(1, len(shown)))
+    ]
+    result: dict[str, Any] = {}
+    for r in shown:
+        here = [i for i in chosen if i in available[r]]
+        if media[r] is None:
+            result[r] = {i: kept[r][i] for i in here}
+        else:
+            store = found.runs[r].store
+            result[r] = {i: _tile(store, media[r][i], found.facts[r].sensitive) for i in here}
+    return result
+
+
+def may_show(facts: Facts) -> bool:
+    """Media leave the store only where the run and every manifest say `redistribute = true`, in so many words."""
+    return facts.redistribute is True
+
+
+def _media(records: Mapping[str, Record]) -> dict[str, dict[str, str]]:
+    """{item: {media name: content address}} of what a run kept."""
+    found: dict[str, dict[str, str]] = {}
+    for record in records.values():
+        for name, address in record.blobs.items():
+            kind, _, rest = name.partition("/")
+            medium, _, item = rest.partition("/")
+            if kind == "media" and item and address.endswith(".png"):
+                found.setdefault(item, {})[medium] = address
+    return found
+
+
+def _tile(store: Any, media: Mapping[str, str], sensitive: bool) -> dict[str, str]:
+    """Thumbnails of one item: the original where there is one, the output, and |difference| times GAIN."""
+    original = next((n for n in ORIGINALS if n in media), None)
+    outputs = sorted(n for n in media if n != original)
+    tile = {}
+    pictures = {n: _open(store.get(a), a) for n, a in media.items() if n == original or n in outputs[:1]}
+    if original:
+        tile["original"] = thumbnail(pictures[original], sensitive)
+    if outputs:
+        tile["output"] = thumbnail(pictures[outputs[0]], sensitive)
+        if original and pictures[original].size == pictures[outputs[0]].size:
+            tile["difference"] = thumbnail(difference(pictures[original], pictures[outputs[0]]), sensitive)
+    return tile
+
+
+def _open(data: bytes, address: str) -> Any:
+    """An RGB picture from bytes of our own store; anything but a PNG of reasonable size is refused."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        image = Image.open(io.BytesIO(data), formats=["PNG"])
+        if image.width * image.height > 1 << 26:
+            raise Error(f"picture {address} has {image.width} x {image.height} px", hint="kept media are at most 64 MP")
+        return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
+        raise Error(f"picture {address} cannot be read: {e}", hint="measure its unit again") from None
+
+
+def difference(a: Any, b: Any) -> Any:
+    """|a - b| times GAIN per channel, cut at white."""
+    import numpy as np
+    from PIL import Image
+
+    x, y = (np.asarray(p, np.int16) for p in (a, b))
+    return Image.fromarray(np.clip(np.abs(x - y) * GAIN, 0, 255).astype(np.uint8))
+
+
+def thumbnail(image: Any, blur: bool = False) -> str:
+    """A data URL of at most SIDE px; blurred for good where `blur` (the page holds nothing sharper). No metadata."""
+    from PIL import Image
+
+    scale = min(1.0, SIDE / max(image.size))
+    size = tuple(max(1, round(s * scale)) for s in image.size)
+    if blur:
+        coarse = tuple(max(1, round(s * BLUR / max(image.size))) for s in image.size)
+        image = image.resize(coarse, Image.Resampling.BOX)
+    small = (
+        image.resize(size, Image.Resampling.BICUBIC if blur else Image.Resampling.LANCZOS)
+        if image.size != size
+        else image
+    )
+    out = io.BytesIO()
+    small.save(out, "JPEG", quality=90, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
