@@ -1,0 +1,325 @@
+"""Runs a recipe: resumes after a kill from its newest whole state, stops at a loss that is not finite, exports once."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench import door
+from bench.capabilities import has
+from bench.identity import canonical, digest, seed_for
+from bench.recipe import Recipe, TrainContext
+from bench.types import Error
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = 1
+
+
+class Damaged(Exception):
+    """A state file that cannot be trusted."""
+
+
+class Run(TrainContext):
+    """One training run: its seeds, the parts that survive a kill, and the losses so far."""
+
+    def __init__(self, recipe: Recipe, folder: Path, identity: str, seed: int, device: str, images: Callable | None):
+        import torch
+
+        self.device = torch.device(device)
+        self.recipe, self.folder, self.identity, self.root = recipe, folder, identity, seed
+        self.load_images = images
+        self.parts: dict[str, Any] | None = None
+        self.losses: list[dict[str, float]] = []  # one entry per step done
+        self.newest: Path | None = None  # whole state
+        self.saved = time.monotonic()
+
+    def restore(self, **parts: Any) -> int:
+        if self.parts is not None:
+            raise Error(f"recipe {self.recipe.name} calls restore twice")
+        self.parts = parts
+        states = sorted(self.folder.glob("*.state"), reverse=True)
+        for path in states:
+            try:
+                content = read_state(path, self.recipe, self.identity)
+                if content["parts"].keys() != parts.keys():
+                    raise Damaged("it holds other parts")
+            except Damaged as e:
+                print(f"note: {path} is damaged ({e}); trying the state before it", file=sys.stderr)
+                continue
+            for name, part in parts.items():
+                part.load_state_dict(content["parts"][name])
+            names = content["names"]
+            self.losses = [dict(zip(names, row, strict=True)) for row in content["losses"].tolist()]
+            self.newest = path
+            return len(self.losses)
+        if states:
+            raise Error(
+                f"no state in {self.folder} is whole: training cannot go on",
+                hint=f"remove {self.folder} to begin again from step 0",
+            )
+        return 0
+
+    def seed(self, step: int, stream: str) -> int:
+        return seed_for(self.root, self.recipe.name, self.recipe.version, str(step), stream)
+
+    def generator(self, step: int, stream: str) -> torch.Generator:
+        import torch
+
+        return torch.Generator().manual_seed(self.seed(step, stream))
+
+    def images(self, ids: list[str], size: int) -> torch.Tensor:
+        if self.load_images is None:
+            raise Error(f"recipe {self.recipe.name} asks for pictures, but names no data")
+        return self.load_images(ids, size)
+
+    def save(self) -> None:
+        """Writes the state after the last step done; it and the whole one before it are kept."""
+        import torch
+
+        content = {
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "names": list(self.losses[-1]),
+            "losses": torch.tensor([list(row.values()) for row in self.losses], dtype=torch.float64),
+        }
+        wrong = not_finite(content)
+        if wrong:
+            raise Error(
+                f"step {len(self.losses) - 1}: {wrong} is not finite; the state before it is kept in {self.folder}"
+            )
+        payload = io.BytesIO()
+        torch.save(content, payload)
+        header = {
+            "format": FORMAT,
+            "recipe": self.recipe.name,
+            "version": self.recipe.version,
+            "identity": self.identity,
+            "step": len(self.losses),
+            "sha256": digest(payload.getvalue()),
+        }
+        path = self.folder / f"{len(self.losses):09d}.state"
+        door.replace(path, canonical(header).encode() + b"\n" + payload.getvalue())
+        for other in self.folder.glob("*.state"):
+            if other not in (path, self.newest):
+                other.unlink()
+        self.newest = path
+        self.saved = time.monotonic()
+
+
+def train(
+    recipe: Recipe,
+    out: Path,
+    *,
+    spec: Mapping[str, Any],
+    seed: int = 0,
+    model: Any = None,
+    device: str = "cpu",
+    images: Callable[[list[str], int], torch.Tensor] | None = None,
+    progress: Callable[[int, Mapping[str, float]], None] | None = None,
+    save_every: float = 30.0,
+) -> Path:
+    """Trains, or goes on where a killed run stopped, and returns the folder with what `recipe.export` wrote,
+    `recipe.json`, `loss.csv` and `loss.svg`.
+
+    `spec` is canonical JSON that says all that decides the outcome (fields of the recipe, fingerprint of the model).
+    States lie in `<out>.training/`, one every `save_every` seconds; the folder is removed at the end. With the same
+    spec and seed a finished `out` is returned at once. `progress(steps done, losses)` is called after each step.
+    Raises Error for a folder made by something else, a loss that is not finite, and states that are damaged or foreign.
+    """
+    missing = [c.__name__ for c in recipe.starts_from if not has(model, c)]
+    if missing:
+        raise Error(f"recipe {recipe.name} starts from a model with {', '.join(missing)}", hint="name one with --model")
+    out = Path(out)
+    identity = digest([FORMAT, recipe.name, recipe.version, dict(spec), seed])
+    if _finished(out, identity):
+        return out
+    folder = out.with_name(out.name + ".training")
+    door.make_folder(folder)
+    with door.lock(folder / "lock", f"{out}"):
+        if _finished(out, identity):  # by the process that held the lock before
+            shutil.rmtree(folder)
+            return out
+        run = Run(recipe, folder, identity, seed, device, images)
+        trained = _steps(run, model, progress, save_every)
+        facts = {
+            "format": FORMAT,
+            "recipe": recipe.name,
+            "version": recipe.version,
+            "spec": spec,
+            "seed": seed,
+            "identity": identity,
+            "steps": len(run.losses),
+            "machine": _machine(run.device),
+        }
+        facts["figures"] = {
+            name: value if math.isfinite(value) else None for name, value in recipe.checks(trained, run)
+        }
+        door.replace_folder(out, lambda target: _export(run, trained, facts, target))
+        shutil.rmtree(folder)
+    return out
+
+
+def _steps(run: Run, model: Any, progress: Callable | None, save_every: float) -> Any:
+    steps = run.recipe.train(model, run)
+    with _signals_wait() as arrived:
+        while True:
+            try:
+                losses = next(steps)
+            except StopIteration as end:
+                return end.value
+            if run.parts is None:
+                raise Error(f"recipe {run.recipe.name} never calls restore: it could not go on after a kill")
+            losses = {name: float(value) for name, value in losses.items()}
+            run.losses.append(losses)
+            done = len(run.losses)
+            bad = [name for name, value in losses.items() if not math.isfinite(value)]
+            if bad:
+                door.replace(run.folder / "loss.csv", loss_table(run.losses))
+                kept = f"the last good state is kept in {run.folder}" if run.newest else "no state was saved before it"
+                raise Error(
+                    f"step {done - 1}: {bad[0]} is {losses[bad[0]]}; {kept}",
+                    hint="a smaller learning rate may help; it belongs to another --out",
+                )
+            if done == run.recipe.total or arrived or time.monotonic() - run.saved >= save_every:
+                run.save()
+            if progress:
+                progress(done, losses)
+            if arrived:
+                return _leave(arrived[0])
+
+
+def read_state(path: Path, recipe: Recipe, identity: str) -> dict[str, Any]:
+    """parts, names and losses of a state; raises Damaged, or Error when it belongs to something else."""
+    import torch
+
+    head, _, payload = path.read_bytes().partition(b"\n")
+    try:
+        header = json.loads(head)
+    except ValueError:
+        raise Damaged("its first line cannot be read") from None
+    if not isinstance(header, dict) or digest(payload) != header.get("sha256"):
+        raise Damaged("its checksum is wrong")
+    expected = {"format": FORMAT, "recipe": recipe.name, "version": recipe.version, "identity": identity}
+    for name, value in expected.items():
+        if header.get(name) != value:
+            raise Error(
+                f"{path} was saved by a run with another {'specification' if name == 'identity' else name}",
+                hint=f"give another --out, or remove {path.parent}",
+            )
+    content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    wrong = not_finite(content)
+    if wrong:
+        raise Damaged(f"{wrong} is not finite")
+    return content
+
+
+def not_finite(value: Any, name: str = "state") -> str:
+    """The name of the first tensor or number in nested dicts and lists that holds NaN or infinity; "" if none does."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return name if value.is_floating_point() and not bool(value.isfinite().all()) else ""
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else name
+    inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return next((found for key, part in inner if (found := not_finite(part, f"{name}.{key}"))), "")
+
+
+def loss_table(losses: list[dict[str, float]]) -> bytes:
+    """CSV: step and each loss; empty where it was not finite."""
+    lines = [",".join(["step", *losses[0]])] if losses else ["step"]
+    for step, row in enumerate(losses):
+        lines.append(",".join([str(step), *(repr(v) if math.isfinite(v) else "" for v in row.values())]))
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _export(run: Run, trained: Any, facts: Mapping[str, Any], target: Path) -> None:
+    run.recipe.export(trained, target)
+    (target / "recipe.json").write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n")
+    (target / "loss.csv").write_bytes(loss_table(run.losses))
+    _plot(run, target / "loss.svg")
+
+
+def _plot(run: Run, path: Path) -> None:
+    """One panel per loss; without date and random ids, so that the same curve is the same file."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    names = list(run.losses[0]) if run.losses else ["loss"]
+    figure = Figure(figsize=(7, 1 + 1.6 * len(names)), layout="constrained")
+    for number, (name, axes) in enumerate(zip(names, figure.subplots(len(names), 1, squeeze=False)[:, 0], strict=True)):
+        values = [row[name] for row in run.losses]
+        axes.plot(range(len(values)), values, linewidth=0.8)
+        axes.set_ylabel(name)
+        if values and min(values) > 0:
+            axes.set_yscale("log")
+        if number == len(names) - 1:
+            axes.set_xlabel("step")
+    with matplotlib.rc_context({"svg.hashsalt": run.recipe.name}):
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def _finished(out: Path, identity: str) -> bool:
+    """Is `out` the finished result of this run? Raises Error if it is something else."""
+    if not out.exists():
+        return False
+    try:
+        facts = json.loads((out / "recipe.json").read_text())
+        made = facts["identity"], facts["recipe"], facts["version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise Error(f"{out} exists and was not made by a recipe", hint="give another --out") from None
+    if made[0] != identity:
+        raise Error(
+            f"{out} holds the result of recipe {made[1]} (version {made[2]}) with another specification",
+            hint="give another --out, or remove that folder",
+        )
+    return True
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[list[int]]:
+    """Holds SIGINT and SIGTERM back until a step is over; those that arrived are in the list. A second one kills."""
+    arrived: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield arrived
+        return
+
+    def note(number: int, frame: Any) -> None:
+        arrived.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield arrived
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(number: int) -> None:
+    """Lets a signal that was held back do what it does; KeyboardInterrupt if it lets the process live."""
+    signal.raise_signal(number)
+    raise KeyboardInterrupt
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    import platform
+
+    import numpy
+    import torch
+
+    facts = {"platform": platform.platform(), "python": platform.python_version(), "device": str(device)}
+    return facts | {"numpy": numpy.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
