@@ -1,0 +1,194 @@
+"""Each preset gives the number that its peer's own library calls give on one pair of pictures."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from fake_context import FakeData, measure
+
+from suites.reconstruction import protocols
+from suites.reconstruction.suite import Reconstruction
+
+SIZE = 192  # px: MS-SSIM needs more than 160
+
+
+def original():
+    """uint8 [SIZE, SIZE, 3]: a photograph that scikit-image installs."""
+    from skimage import data
+
+    return np.ascontiguousarray(data.astronaut()[:SIZE, 100 : 100 + SIZE])
+
+
+class Blur:
+    """An autoencoder whose reconstruction overshoots [-1, 1], as real decoders do: blur, noise, more contrast."""
+
+    def encode(self, images):
+        return images
+
+    def decode(self, latents, seeds=None):
+        import torch
+
+        blurred = torch.nn.functional.avg_pool2d(latents, 3, 1, 1, count_include_pad=False)
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+        return 1.1 * blurred + 0.05 * noise
+
+
+def peers_input(scaling="float32"):
+    """The pair in [-1, 1] as a peer has it in memory: float32 [1, 3, SIZE, SIZE] twice, made without our code."""
+    import torch
+
+    x = torch.from_numpy(original().transpose(2, 0, 1).copy())[None]
+    x = x.float() / 127.5 - 1 if scaling == "float32" else (x.double() / 127.5 - 1).float()
+    return x, Blur().decode(Blur().encode(x))
+
+
+def nhwc(v):
+    return v[0].permute(1, 2, 0).numpy()
+
+
+def skimage_psnr(x, y, **options):
+    from skimage.metrics import peak_signal_noise_ratio
+
+    return peak_signal_noise_ratio(x, y, **options)
+
+
+def skimage_ssim(x, y, **options):
+    from skimage.metrics import structural_similarity
+
+    return structural_similarity(x, y, channel_axis=-1, **options)
+
+
+GAUSS = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+
+
+def torchmetrics_ssim(x, y, data_range):
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    return float(structural_similarity_index_measure(y.double(), x.double(), data_range=data_range))
+
+
+def torchmetrics_ms_ssim(x, y):
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+    return float(multiscale_structural_similarity_index_measure(y.double(), x.double(), data_range=255.0))
+
+
+def half_up(v):
+    import torch
+
+    return (255 * ((v + 1) / 2) + 0.5).clamp(0, 255).to(torch.uint8)
+
+
+def canonical():
+    x, y = (nhwc(half_up(v)) for v in peers_input())
+    return {"psnr": skimage_psnr(x, y), "ssim": skimage_ssim(x, y, **GAUSS)}
+
+
+def dcae():
+    x, y = (half_up(v) for v in peers_input())
+    return {"psnr": skimage_psnr(nhwc(x), nhwc(y)), "ssim": torchmetrics_ssim(x, y, (0.0, 255.0))}
+
+
+def vavae():
+    import torch
+
+    x, y = peers_input()
+    x8, y8 = (nhwc(torch.clamp(127.5 * v + 128.0, 0, 255).to(torch.uint8)) for v in (x, y))
+    return {"psnr": skimage_psnr(x8, y8), "ssim": torchmetrics_ssim(x, y, (-1.0, 1.0))}
+
+
+def llamagen():
+    import torch
+
+    x, y = peers_input()
+    x = (nhwc(x) + 1.0) / 2.0
+    y = nhwc(torch.clamp(127.5 * y + 128.0, 0, 255).to(torch.uint8)).astype(np.float32) / 255.0
+    return {"psnr": skimage_psnr(y, x, data_range=1.0), "ssim": skimage_ssim(y, x, data_range=2.0)}
+
+
+def seedvoken():
+    import torch
+
+    x, y = peers_input("float64")
+    x, y = ((v.clamp(-1, 1) + 1) / 2 for v in (x, y))
+    x, y = (nhwc((v * 255.0).to(torch.uint8)).astype(np.float32) / 255.0 for v in (x, y))
+    return {"psnr": skimage_psnr(x, y, data_range=1.0), "ssim": skimage_ssim(y, x, data_range=1.0)}
+
+
+def bsq():
+    x, y = ((v + 1) * 127.5 for v in peers_input())
+    psnr = 20 * np.log10(255.0 / np.sqrt(np.mean((x.double() - y.double()).numpy() ** 2)))
+    ssim = skimage_ssim(nhwc(x).astype(float), nhwc(y).astype(float), data_range=255, **GAUSS)
+    return {"psnr": psnr, "ssim": ssim}
+
+
+def dito():
+    x, y = ((v * 0.5 + 0.5).clamp(0, 1).double() for v in peers_input())
+    return {"psnr": float(-10 * np.log10(((y - x) ** 2).mean()))}
+
+
+PEERS = {f.__name__: f for f in (canonical, dcae, vavae, llamagen, seedvoken, bsq, dito)}
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_preset_gives_the_number_of_its_peer(name):
+    """Tolerances: 1e-4 dB and 2e-5, as peers compute in float32 where we sum exactly."""
+    suite = Reconstruction(size=SIZE, protocol=name)
+    local = [metric for metric in suite.metrics if metric.name in ("psnr", "ssim")]
+    table, _ = measure(suite, Blur(), FakeData({"a": (original(), {})}), metrics=local)
+    expected = PEERS[name]()
+    found = {
+        metric.name: metric.reduce(table)[""] if isinstance(metric.reduce(table), dict) else metric.reduce(table)
+        for metric in local
+    }
+    assert found.keys() == expected.keys()
+    assert found["psnr"].value == pytest.approx(expected["psnr"], abs=1e-4)
+    if "ssim" in expected:
+        assert found["ssim"].value == pytest.approx(expected["ssim"], abs=2e-5)
+
+
+def test_the_presets_do_differ_on_this_pair():
+    """Else the test above could not tell one from another."""
+    values = [f() for f in PEERS.values()]
+    assert len({round(v["psnr"], 3) for v in values}) == 4  # canonical, seedvoken, bsq, dito
+    assert len({round(v["ssim"], 3) for v in values if "ssim" in v}) == 6
+
+
+HASHES = {
+    "embedded": "15854a2467d6",
+    "canonical": "c187b14637c2",
+    "dcae": "848587ce1f5d",
+    "vavae": "16836bcce58f",
+    "llamagen": "0a49bf7bd27e",
+    "seedvoken": "9c65cc58d30e",
+    "titok": "790e5f8f2263",
+    "bsq": "787db5aeffce",
+    "dito": "5806aabd8583",
+}
+
+
+def test_a_changed_preset_is_noticed():
+    """A preset is part of what published numbers mean: change one, and raise the version of the suite."""
+    assert {name: preset.hash() for name, preset in protocols.PRESETS.items()} == HASHES
+
+
+def test_hash_sees_the_definition_and_not_its_description():
+    base = protocols.get("canonical")
+    assert dataclasses.replace(base, name="x", source="y", departs="z").hash() == base.hash()
+    changed = dataclasses.replace(base, ssim_range=2.0, posterior="sample")
+    assert changed.hash() != base.hash()
+    assert changed.diff(base) == {"ssim_range": (2.0, 255.0), "posterior": ("sample", "mode")}
+    assert len(base.hash()) == 12 and int(base.hash(), 16) >= 0
+
+
+def test_unknown_protocol_is_named_with_a_suggestion():
+    with pytest.raises(ValueError, match="'lamagen' is unknown; did you mean 'llamagen'"):
+        protocols.get("lamagen")
+
+
+def test_every_preset_says_where_it_was_read_and_names_a_resize_that_exists():
+    from bench.images import RESIZES
+
+    for name, preset in protocols.PRESETS.items():
+        assert preset.name == name and preset.source
+        assert preset.resize in RESIZES
