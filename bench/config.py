@@ -87,7 +87,9 @@ def field_types(cls: type) -> dict[str, Any]:
     return {f.name: hints.get(f.name, str) for f in dataclasses.fields(cls)}
 
 
-def build(cls: type, plan: Mapping[str, Any], flags: Mapping[str, str], where: str = "plan") -> tuple[Any, dict[str, Value]]:
+def build(
+    cls: type, plan: Mapping[str, Any], flags: Mapping[str, str], where: str = "plan"
+) -> tuple[Any, dict[str, Value]]:
     """An instance of a suite or recipe from default < plan < flag, with the origin of each value.
 
     Raises UsageError for an unknown field, with a suggestion, and for a value of the wrong type.
@@ -132,7 +134,9 @@ class Arguments:
     takes_device: bool = False
 
 
-def bind(factory: Callable, name: str, plan: Mapping[str, Any], flags: Mapping[str, str], where: str = "plan") -> Arguments:
+def bind(
+    factory: Callable, name: str, plan: Mapping[str, Any], flags: Mapping[str, str], where: str = "plan"
+) -> Arguments:
     """The arguments of an adapter's factory from default < plan < flag."""
     try:
         parameters = inspect.signature(factory).parameters
@@ -203,7 +207,7 @@ def convert(value: Any, kind: Any, where: str) -> Any:
             number = kind(value)
         except (TypeError, ValueError):
             raise UsageError(f"{where}: {value!r} is not {'a whole number' if kind is int else 'a number'}") from None
-        if kind is int and float(value) != number or number != number or number in (float("inf"), float("-inf")):
+        if (kind is int and float(value) != number) or number != number or number in (float("inf"), float("-inf")):
             raise UsageError(f"{where}: {value!r} is not {'a whole' if kind is int else 'a finite'} number")
         return number
     if isinstance(kind, type) and issubclass(kind, (str, Path)):
@@ -279,9 +283,11 @@ def read_plan(path: Path) -> dict[str, Any]:
         raise Error(f"plan {path} cannot be read: {e.strerror}") from None
     except (ValueError, RecursionError) as e:
         raise Error(f"plan {path}: {e}", hint="a plan is TOML: [[run]], [[train]], [[board]], [how]") from None
-    steps = {"run": {"suite", "model", "model_args", "params", "seeds", "limit"},
-             "train": {"recipe", "model", "model_args", "params", "seeds", "out"},
-             "board": {"name"}}
+    steps = {
+        "run": {"suite", "model", "model_args", "params", "seeds", "limit"},
+        "train": {"recipe", "model", "model_args", "params", "seeds", "out"},
+        "board": {"name"},
+    }
     for key, value in plan.items():
         if key not in {*steps, "how"}:
             raise Error(f"{path}: unknown key {key!r}", hint=closest(key, [*steps, "how"]))
@@ -295,7 +301,15 @@ def read_plan(path: Path) -> dict[str, Any]:
             for name in step:
                 if name not in steps[key]:
                     raise Error(f"{path}: {key} {i}: unknown key {name!r}", hint=closest(name, sorted(steps[key])))
-            for name, needed in (("suite", str), ("model", str), ("recipe", str), ("out", str), ("params", dict), ("model_args", dict), ("seeds", list)):
+            for name, needed in (
+                ("suite", str),
+                ("model", str),
+                ("recipe", str),
+                ("out", str),
+                ("params", dict),
+                ("model_args", dict),
+                ("seeds", list),
+            ):
                 if name in step and not isinstance(step[name], needed):
                     raise Error(f"{path}: {key} {i}: {name} has the wrong type", hint=f"it must be {needed.__name__}")
             for name in {"run": ("suite", "model"), "train": ("recipe", "out"), "board": ("name",)}[key]:

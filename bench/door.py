@@ -44,7 +44,7 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 def replace(path: Path, data: bytes, mode: int = 0o666) -> None:
-    """Writes a whole file or leaves the old one: temporary file in the same folder, fsync, rename, fsync of the folder."""
+    """Writes a whole file or leaves the old one: temporary file beside it, fsync, rename, fsync of the folder."""
     with _explained("write", path):
         temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
         try:
@@ -63,7 +63,7 @@ def replace(path: Path, data: bytes, mode: int = 0o666) -> None:
 
 
 def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Lets `fill` write into an empty temporary folder beside `path`, makes it durable and puts it in place of `path`."""
+    """Lets `fill` write into an empty folder beside `path`, makes that durable and puts it in place of `path`."""
     with _explained("write", path):
         make_folder(path.parent)
         temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
@@ -100,7 +100,7 @@ def truncate(path: Path, size: int) -> None:
 
 
 class Appender:
-    """A file that only grows. Each `append` is durable when it returns; after a failure the file is not touched again."""
+    """A file that only grows. An `append` is durable when it returns; after a failure the file is not touched again."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -67,7 +67,7 @@ class Metric(Protocol):
 
 @dataclass(frozen=True)
 class Suite(ABC):
-    """A suite is its configuration: its fields are its parameters, typed, with defaults. Facts of the class are ClassVar.
+    """A suite is its configuration: its fields are its parameters, typed, with defaults. Class facts are ClassVar.
 
     `run` yields (ids, media): arrays or tensors [B, ...] are media; lists of length B become columns of the rows.
     Float pictures lie in `value_range`; uint8 pictures are [B, 3, H, W].

@@ -39,7 +39,7 @@ class Work:
     spec_digest: str = ""
     run_id: str = ""
     kept: frozenset[str] | None = frozenset()  # items whose media are kept; None: all
-    how: How = How()
+    how: How = field(default_factory=How)
 
 
 class BadOutput(ValueError):
@@ -53,7 +53,9 @@ class NonFinite(BadOutput):
 class Worker:
     """Measures units. `suite`, `model` and `manifest` may be given as live objects; else they are opened by name."""
 
-    def __init__(self, work: Work, device: str = "cpu", *, suite: Suite | None = None, model: Any = None, manifest: Any = None):
+    def __init__(
+        self, work: Work, device: str = "cpu", *, suite: Suite | None = None, model: Any = None, manifest: Any = None
+    ):
         self.work, self.device, self.batch = work, device, work.how.batch
         self.suite = suite if suite is not None else registry.find("suites", work.suite)(**work.fields)
         self.store = Store(work.how.store)
@@ -176,9 +178,15 @@ class Worker:
             if 0 in media.shape:
                 raise BadOutput(f"{name} is empty: {tuple(media.shape)}")
             low, high = extremes(media)
-            bad = [id for id, a, b in zip(ids, low, high, strict=True) if not (abs(a) < float("inf") and abs(b) < float("inf"))]
+            bad = [
+                id
+                for id, a, b in zip(ids, low, high, strict=True)
+                if not (abs(a) < float("inf") and abs(b) < float("inf"))
+            ]
             if bad:
-                raise NonFinite(f"{name} holds NaN or infinity in {len(bad)} of {len(ids)} pictures, item {bad[0]!r} first")
+                raise NonFinite(
+                    f"{name} holds NaN or infinity in {len(bad)} of {len(ids)} pictures, item {bad[0]!r} first"
+                )
             flat[name] = [a == b for a, b in zip(low, high, strict=True)]
         for i, row in enumerate(rows):
             names = [name for name, values in flat.items() if values[i]]
@@ -302,7 +310,7 @@ def _prepare_torch(how: How, device: str) -> None:
 
 @cache
 def code_digest(cls: type) -> str:
-    """Digest of the files that a suite is made of and of the metrics: recorded with each record, not part of its key."""
+    """Digest of the files of a suite and of the metrics: recorded with each record, not part of its key."""
     files = [*registry.package_files(cls), *sorted((Path(__file__).parent / "metrics").glob("*.py"))]
     return digest([[p.name, file_digest(p)] for p in files])[:16]
 
@@ -327,7 +335,9 @@ def encode(picture: Any, value_range: tuple[float, float]) -> tuple[bytes, str]:
     if array.ndim == 3 and array.shape[0] in (1, 3):
         if array.dtype != np.uint8:
             low, high = value_range
-            array = np.floor(np.clip((array.astype(np.float64) - low) / (high - low), 0, 1) * 255 + 0.5).astype(np.uint8)
+            array = np.floor(np.clip((array.astype(np.float64) - low) / (high - low), 0, 1) * 255 + 0.5).astype(
+                np.uint8
+            )
         from PIL import Image
 
         out = io.BytesIO()
@@ -349,7 +359,9 @@ def _json(value: Any) -> Json:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "OutOfMemory" in type(error).__name__
+    return (
+        isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "OutOfMemory" in type(error).__name__
+    )
 
 
 def _free_memory() -> None:

@@ -1,0 +1,514 @@
+"""What each verb of the command line does. Data goes to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from bench import config, registry
+from bench.config import How, Value
+from bench.store import Run, Store
+from bench.types import Error, UsageError
+
+HOW = tuple(f.name for f in fields(How))
+
+
+def say(text: str = "") -> None:
+    """A line for the reader: to stderr, without control characters, secrets masked."""
+    from bench.text import mask, plain
+
+    for part in text.split("\n"):
+        print(plain(mask(part)), file=sys.stderr)
+
+
+def emit(kind: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object to stdout."""
+    print(json.dumps({"schema": 1, "kind": kind, "rows": list(rows)}, indent=1, allow_nan=False, ensure_ascii=False))
+
+
+# -- score
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run that was asked for: a suite on a model with its values, where they were written."""
+
+    suite: str
+    model: str
+    fields: Mapping[str, Any] = field(default_factory=dict)  # from a plan
+    params: Mapping[str, str] = field(default_factory=dict)  # from flags
+    plan_args: Mapping[str, Any] = field(default_factory=dict)
+    model_args: Mapping[str, str] = field(default_factory=dict)
+    seed: int = 0
+    limit: int | None = None
+    where: str = "plan"
+
+
+def score(args: Namespace) -> int:
+    """Scores what was named; 0 when complete, 3 when units failed or scores are partial."""
+    from bench.show import print_scores
+
+    registry.check_names()
+    plan, where = {}, "plan"
+    if any(w.endswith(".toml") for w in args.what):
+        if len(args.what) > 1:
+            raise UsageError("a plan file stands alone", hint="bench score plan.toml")
+        plan, where = config.read_plan(Path(args.what[0])), Path(args.what[0]).name
+        if args.model or args.m or args.p:
+            raise UsageError("a plan names its own models and parameters", hint="edit the plan, or leave it out")
+        _refuse_code(plan, Path(args.what[0]), args.allow_code)
+    flags = {name: getattr(args, name, None) for name in HOW}
+    how, how_origins = config.resolve_how(plan.get("how", {}), flags, where)
+    store = Store(how.store)
+    steps = list(_plan_steps(plan, where, args)) if plan else list(_flag_steps(args))
+    if not args.explain:
+        for step in plan.get("train", ()):
+            for one in _train_steps(step, where):
+                _train(**one, device=how.devices)
+    runs, complete = [], True
+    for step in steps:
+        if args.explain:
+            _explain(step, store, how, how_origins, args.shard)
+            continue
+        run, whole = run_step(step, store, how, shard=args.shard, fresh=args.fresh, origins=how_origins)
+        runs.append(run)
+        complete &= whole
+        if not args.json:
+            print_scores(run)
+    if args.explain:
+        return 0
+    if args.json:
+        emit("scores", [asdict(s) for run in runs for s in run.scores()])
+    for board in plan.get("board", ()):
+        _render(board["name"], store, None)
+    return 0 if complete else 3
+
+
+def run_step(
+    step: Step,
+    store: Store,
+    how: How,
+    *,
+    shard: str = "",
+    fresh: bool = False,
+    origins: Mapping[str, Value] | None = None,
+) -> tuple[Run, bool]:
+    """Carries one step out, with a bar. Returns the run and whether all that was asked for is there."""
+    from bench.execute import carry_out
+    from bench.progress import Bar
+
+    plan, suite_origins = _prepare(step, store, how)
+    meta = {
+        "command": shlex.join(["bench", *sys.argv[1:]]),
+        "suite_ref": step.suite,
+        "config": _origins(
+            {
+                **{f"-p {k}": v for k, v in suite_origins.items()},
+                **{f"-m {k}": v for k, v in plan.arguments.origins.items()},
+                **(origins or {}),
+            }
+        ),
+        "again": command_of(step, store),
+    }
+    with Bar(command_of(step, store)) as bar:
+        run = carry_out(
+            plan, store, how, seed=step.seed, limit=step.limit, shard=shard, fresh=fresh, extra_meta=meta, observer=bar
+        )
+    failures = len(run.failures())
+    left = len(run.pending(plan.units)) - failures
+    if failures:
+        say(
+            f"{failures} of {len(plan.units)} units failed: bench show {run.id} names them; the same command tries again"
+        )
+    if left and shard:
+        say(f"{left} of {len(plan.units)} units are left to other shards")
+    whole = not failures and (bool(shard) or left == 0) and (bool(shard) or all(s.complete for s in run.scores()))
+    if whole and not left:
+        say(f"complete. {run.path}")
+    return run, whole
+
+
+def _prepare(step: Step, store: Store, how: How):
+    from bench.execute import prepare
+
+    cls = registry.find("suites", step.suite)
+    suite, origins = config.build(cls, step.fields, step.params, step.where)
+    factory = registry.find("adapters", step.model)
+    arguments = config.bind(factory, step.model, step.plan_args, step.model_args, step.where)
+    plan = prepare(
+        suite,
+        step.model,
+        arguments,
+        store=store,
+        suite_ref=step.suite,
+        seed=step.seed,
+        limit=step.limit,
+        strict=how.strict,
+    )
+    return plan, origins
+
+
+def command_of(step: Step, store: Store) -> str:
+    """The command that does a step: what continues it, what a board prints."""
+    parts = ["bench", "score", step.suite, "--model", step.model]
+    for flag, values in (("-m", {**step.plan_args, **step.model_args}), ("-p", {**step.fields, **step.params})):
+        for name, value in values.items():
+            text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            parts += [flag, f"{name}={text}"]
+    if step.seed:
+        parts += ["--seed", str(step.seed)]
+    if step.limit is not None:
+        parts += ["--limit", str(step.limit)]
+    if str(store.root) != How().store:
+        parts += ["--store", str(store.root)]
+    return shlex.join(parts)
+
+
+def _origins(values: Mapping[str, Value]) -> dict[str, Any]:
+    from bench.text import mask
+
+    return {name: [mask(str(v.value)) if v.value is not None else None, v.origin] for name, v in values.items()}
+
+
+def _flag_steps(args: Namespace) -> Iterator[Step]:
+    if not args.model:
+        raise UsageError("which model?", hint="--model NAME; bench list shows the adapters")
+    params, model_args = config.assignments(args.p, "-p"), config.assignments(args.m, "-m")
+    for suite in args.what:
+        yield Step(suite, args.model, params=params, model_args=model_args, seed=args.seed or 0, limit=args.limit)
+
+
+def _plan_steps(plan: Mapping[str, Any], where: str, args: Namespace) -> Iterator[Step]:
+    for run in plan.get("run", ()):
+        cls = registry.find("suites", run["suite"])
+        tuples = {n for n, t in config.field_types(cls).items() if "tuple" in str(t) or "list" in str(t)}
+        for params in _product(run.get("params", {}), tuples):
+            for model_args in _product(run.get("model_args", {}), set()):
+                for seed in run.get("seeds", [args.seed or 0]):
+                    yield Step(
+                        run["suite"],
+                        run["model"],
+                        fields=params,
+                        plan_args=model_args,
+                        seed=config.convert(seed, int, f"{where}: seeds"),
+                        limit=args.limit if args.limit is not None else run.get("limit"),
+                        where=where,
+                    )
+
+
+def _product(values: Mapping[str, Any], whole: set[str]) -> Iterator[dict[str, Any]]:
+    """Lists are products, but for parameters that are lists themselves."""
+    choices = [v if isinstance(v, list) and k not in whole else [v] for k, v in values.items()]
+    for chosen in itertools.product(*choices):
+        yield dict(zip(values, chosen, strict=True))
+
+
+def _refuse_code(plan: Mapping[str, Any], path: Path, allowed: bool) -> None:
+    """A plan from elsewhere is data: it names Python files only where the user says so."""
+    if allowed or path.resolve().is_relative_to(Path.cwd()):
+        return
+    for step in [*plan.get("run", ()), *plan.get("train", ())]:
+        for name in (step.get("suite", ""), step.get("model", ""), step.get("recipe", "")):
+            if registry.is_path(name):
+                raise Error(
+                    f"{path} lies outside the working folder and names the Python file {name}",
+                    hint="read that file, then add --allow-code",
+                )
+
+
+def _explain(step: Step, store: Store, how: How, how_origins: Mapping[str, Value], shard: str) -> None:
+    from bench.execute import find_run, parse_shard
+    from bench.show import columns
+    from bench.store import run_id
+
+    plan, origins = _prepare(step, store, how)
+    mine = plan.units[slice(*parse_shard(shard))] if shard else plan.units
+    run = find_run(plan, store)
+    rows = [["suite", f"{plan.suite.name} version {plan.suite.version}", step.suite], ["model", plan.label, step.model]]
+    for prefix, values in (("-p ", origins), ("-m ", plan.arguments.origins), ("", how_origins)):
+        rows += [[prefix + name, str(v.value), v.origin] for name, v in values.items()]
+    rows += [
+        [f"fingerprint {k}", str(v), ""] for k, v in plan.spec["adapter_args"].items() if k in plan.arguments.weights
+    ]
+    if plan.manifest is not None:
+        rows.append(["data", f"{plan.manifest.name} {plan.manifest.digest}", f"{len(plan.manifest.ids())} items"])
+    rows.append(["run", run_id(plan.spec, plan.label), "exists" if run else "new"])
+    rows.append(["units", str(len(mine)), f"{len(run.pending(mine)) if run else len(mine)} pending"])
+    print(columns(["what", "value", "origin"], rows))
+    print()
+
+
+# -- leaderboard, demo
+
+
+def leaderboard(args: Namespace) -> int:
+    how, _ = config.resolve_how({}, {"store": args.store})
+    summary = _render(args.board, Store(how.store), Path(args.out) if args.out else None)
+    if args.json:
+        from bench.report import load
+
+        emit("scores", [asdict(s) for s in load(summary.page.parent)])
+    else:
+        print(summary.page)
+    return 0
+
+
+def _render(board: str | None, store: Store, out: Path | None):
+    from bench.report import find_board, render
+
+    path = find_board(board)
+    summary = render(path, store, out or Path("reports") / path.stem)
+    say(str(summary))
+    return summary
+
+
+def demo(args: Namespace) -> int:
+    """The plan that ships with the harness, on embedded models and data."""
+    how, origins = config.resolve_how({}, {"store": args.store, "devices": "cpu", "keep": "sample"})
+    path = Path(__file__).with_name("demo.toml")
+    plan = config.read_plan(path)
+    store = Store(how.store)
+    steps = list(_plan_steps(plan, path.name, Namespace(seed=None, limit=None)))
+    complete = True
+    for step in steps:
+        complete &= run_step(step, store, how, origins=origins)[1]
+    for board in plan["board"]:
+        out = Path(args.out or "reports") / board["name"]
+        print(_render(board["name"], store, out).page)
+    return 0 if complete else 3
+
+
+# -- fit
+
+
+def fit(args: Namespace) -> int:
+    laws = registry.entries("fits")
+    if not laws:
+        raise Error("no law is installed yet", hint="a package offers one through the entry point group bench.fits")
+    names = sorted({e.name for e in laws})
+    if args.law is None and len(names) > 1:
+        raise UsageError("which law?", hint="--law " + " or --law ".join(names))
+    return registry.find("fits", args.law or names[0])(args.source, args.options)
+
+
+# -- train
+
+
+def train(args: Namespace) -> int:
+    _train(
+        args.recipe,
+        args.out,
+        model=args.model,
+        params=config.assignments(args.p, "-p"),
+        model_args=config.assignments(args.m, "-m"),
+        seed=args.seed,
+        device=args.devices,
+    )
+    return 0
+
+
+def _train_steps(step: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
+    for params in _product(step.get("params", {}), set()):
+        for seed in step.get("seeds", [0]):
+            try:
+                out = step["out"].format(seed=seed, **params)
+            except (KeyError, IndexError, ValueError) as e:
+                raise Error(f"{where}: train: out {step['out']!r} cannot be filled in: {e}") from None
+            yield {
+                "recipe": step["recipe"],
+                "out": out,
+                "model": step.get("model"),
+                "plan": params,
+                "plan_args": step.get("model_args", {}),
+                "seed": seed,
+                "where": where,
+            }
+
+
+def _train(
+    recipe: str,
+    out: str,
+    *,
+    model: str | None = None,
+    params: Mapping[str, str] | None = None,
+    model_args: Mapping[str, str] | None = None,
+    plan: Mapping[str, Any] | None = None,
+    plan_args: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    where: str = "plan",
+) -> None:
+    from bench.capabilities import has, held
+    from bench.execute import resolve_devices
+    from bench.identity import fingerprint
+    from bench.progress import TrainingBar
+    from bench.train import train as run_training
+
+    cls = registry.find("recipes", recipe)
+    built, _ = config.build(cls, plan or {}, params or {}, where)
+    spec: dict[str, Any] = {
+        "recipe": built.name,
+        "version": built.version,
+        "fields": {f.name: getattr(built, f.name) for f in fields(built)},
+        "seed": seed,
+    }
+    device = resolve_devices(device)[0]
+    opened = None
+    if built.starts_from:
+        if not model:
+            needs = " and ".join(c.__name__ for c in built.starts_from)
+            raise UsageError(f"recipe {recipe!r} edits a model with {needs}", hint="--model NAME")
+        from bench.weights import resolve
+        from bench.worker import open_model
+
+        bound = config.bind(registry.find("adapters", model), model, plan_args or {}, model_args or {}, where)
+        spec["model"] = [
+            model,
+            {k: fingerprint(resolve(str(v))) if k in bound.weights else v for k, v in bound.what.items()},
+        ]
+        opened = open_model(model, bound.what, bound.how, device)
+        lacking = [c.__name__ for c in built.starts_from if not has(opened, c)]
+        if lacking:
+            raise Error(f"recipe {recipe!r} needs {', '.join(lacking)}; {model!r} has {', '.join(held(opened))}")
+    elif model:
+        raise UsageError(f"recipe {recipe!r} starts from scratch", hint="leave --model out")
+    with TrainingBar(built, out) as bar:
+        path = run_training(built, Path(out), seed=seed, model=opened, spec=spec, device=device, progress=bar.step)
+    say(f"complete. {path}")
+
+
+# -- list, show, compare, rescore
+
+
+def listing(args: Namespace) -> int:
+    from bench.show import print_list
+
+    how, _ = config.resolve_how({}, {"store": args.store})
+    return print_list(Store(how.store), args.kind, as_json=args.json)
+
+
+def show(args: Namespace) -> int:
+    from bench import show as view
+
+    how, _ = config.resolve_how({}, {"store": args.store})
+    run = Store(how.store).run(args.run)
+    if args.figures:
+        for path in view.draw_figures(run, Path(args.figures)):
+            print(path)
+        return 0
+    if args.unit:
+        return view.print_unit(run, args.unit, as_json=args.json)
+    if args.json:
+        emit("scores", [asdict(s) for s in run.scores()])
+    else:
+        view.print_run(run, slices=args.slices)
+    return 0
+
+
+def compare(args: Namespace) -> int:
+    from bench.compare import compare as paired
+    from bench.show import print_comparison
+
+    how, _ = config.resolve_how({}, {"store": args.store})
+    store = Store(how.store)
+    comparison = paired(store.run(args.a), store.run(args.b))
+    if args.json:
+        emit("comparison", [asdict(d) for d in comparison.differences])
+    else:
+        print_comparison(comparison)
+    return 0
+
+
+def rescore(args: Namespace) -> int:
+    from bench.execute import derive, suite_of
+    from bench.rescore import remeasure
+    from bench.show import print_scores
+
+    how, _ = config.resolve_how({}, {"store": args.store})
+    store = Store(how.store)
+    runs = [store.run(name) for name in args.runs]
+    for run in runs:
+        say(f"{run.id}: {remeasure(run, args.metric)} units measured")
+        derive(run, suite_of(run))
+        if not args.json:
+            print_scores(run)
+    if args.json:
+        emit("scores", [asdict(s) for run in runs for s in run.scores()])
+    return 0 if all(run.complete() for run in runs) else 3
+
+
+# -- data, check
+
+
+def data(args: Namespace) -> int:
+    from bench import manifest
+    from bench.progress import transfer
+
+    for name in args.names:
+        if args.action == "fetch":
+            with transfer(name) as progress:
+                print(manifest.fetch(name, progress=progress))
+        elif args.action == "lock":
+            print(manifest.lock(name))
+        else:
+            print(manifest.verify(name))
+    return 0
+
+
+def check(args: Namespace) -> int:
+    from bench.check import check as conformance
+    from bench.execute import resolve_devices
+    from bench.show import columns
+    from bench.worker import open_model
+
+    factory = registry.find("adapters", args.model)
+    bound = config.bind(factory, args.model, {}, config.assignments(args.m, "-m"))
+    device = resolve_devices(args.devices)[0]
+    model = open_model(args.model, bound.what, bound.how, device)
+    findings = [asdict(f) for f in conformance(model, size=args.size)]
+    if args.suite:
+        findings.append(_try_suite(args, bound, device))
+    if args.json:
+        emit("findings", findings)
+    else:
+        print(columns(["", "check", "found"], [[f["status"], f["name"], f["detail"]] for f in findings]))
+    return 1 if any(f["status"] == "fail" for f in findings) else 0
+
+
+def _try_suite(args: Namespace, bound: config.Arguments, device: str) -> dict[str, str]:
+    """Two items of a suite, in a store that is thrown away."""
+    import tempfile
+
+    from bench.execute import execute
+
+    cls = registry.find("suites", args.suite)
+    suite, _ = config.build(cls, {}, config.assignments(args.p, "-p"))
+    with tempfile.TemporaryDirectory() as folder:
+        how = How(store=folder, devices=device, keep="none")
+        try:
+            run = execute(
+                suite, args.model, arguments=bound, suite_ref=args.suite, limit=2, how=how, observer=_Silent()
+            )
+        except Error as e:
+            return {"name": f"suite {suite.name}", "status": "fail", "detail": str(e)}
+        failures = run.failures()
+        if failures:
+            error = failures[0].error or {}
+            return {"name": f"suite {suite.name}", "status": "fail", "detail": f"{error['kind']}: {error['message']}"}
+        return {"name": f"suite {suite.name}", "status": "ok", "detail": f"{len(run.table())} items scored"}
+
+
+def _Silent():
+    from bench.execute import Observer
+
+    class Silent(Observer):
+        def say(self, text: str) -> None: ...
+
+    return Silent()
