@@ -3,54 +3,41 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import importlib.util
 import io
 import os
 import re
-import tomllib
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bench import door, images
-from bench.identity import FileDigests, digest
+from bench.identity import FileDigests, digest, file_digest
+from bench.manifest_format import (
+    SHA256,
+    check_name,
+    content_digest,
+    crop_boxes,
+    prepare_of,
+    read_header,
+    read_rows,
+    read_text,
+    read_weights,
+    suggest,
+)
 from bench.types import Error, Item, UsageError
 
-MAX_TEXT = 16 * 2**20  # bytes of a TOML or CSV file
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
-SHA256 = re.compile(r"[0-9a-f]{64}")
-FOLDER = "image-folder:"
+if TYPE_CHECKING:
+    from bench.fetch import Progress
 
-# field -> (type, required)
-HEADER: Mapping[str, tuple[type, bool]] = {
-    "kind": (str, True),  # one of KINDS
-    "source": (str, True),
-    "license": (str, True),
-    "redistribute": (bool, True),  # may pages show the pictures?
-    "locked": (bool, True),
-    "sensitive": (bool, False),
-    "root": (str, False),  # folder below BENCH_DATA
-    "prepare": (str, False),  # how an item is made; goes before images.RULES
-    "digest": (str, False),  # written by `bench data lock`
-    "manual": (str, False),  # how to get what cannot be fetched
-    "pinned": (list, False),  # requirements whose wheels hold the pictures
-    "crops": (dict, False),
-    "fetch": (list, False),
-}
-KINDS = ("images", "package-crops", "prompts")
-CROPS: Mapping[str, tuple[type, bool]] = {"size": (int, True), "stride": (int, True), "limit": (int, True)}
-FETCH: Mapping[str, tuple[type, bool]] = {
-    "url": (str, True),
-    "file": (str, True),  # its name below `root`
-    "sha256": (str, False),
-    "bytes": (int, False),
-    "unpack": (dict, False),  # an archive, unpacked into `root` if it stays below these limits
-}
-UNPACK: Mapping[str, tuple[type, bool]] = {"files": (int, True), "bytes": (int, True)}
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
+FOLDER = "image-folder:"
+UNVERIFIED = ".unverified"
+
 OWN_COLUMNS = ("id", "path", "sha256", "width", "height", "cluster", "text", "label")  # the others are attributes
 
 
@@ -74,7 +61,7 @@ class Manifest:
         self.redistribute: bool = header["redistribute"]
         self.sensitive: bool = header.get("sensitive", False)
         self.locked: bool = header["locked"]
-        self.prepare: str = _prepare(header)
+        self.prepare: str = prepare_of(header)
         self.digest = digest
         self.digests = FileDigests()
         self._header = header
@@ -160,7 +147,7 @@ class Manifest:
         try:
             return self._entries[id]
         except KeyError:
-            raise Error(f"data {self.name} has no item {id!r}{_suggest(id, self._entries)}") from None
+            raise Error(f"data {self.name} has no item {id!r}{suggest(id, self._entries)}") from None
 
     def _compare(self, path: Path, expected: str, found: str) -> None:
         if found != expected:
@@ -202,13 +189,59 @@ def load(name: str, data_root: Path | None = None, digests: FileDigests | None =
     return manifest
 
 
-def lock(name: str, data_root: Path | None = None) -> Path:
-    """Decodes every item once, writes what pins it (SHA-256, width, height) into the items CSV and the digest into the
-    TOML; returns the TOML's path. Without a CSV the items are the pictures below `root`. Raises Error for the first
-    item that cannot be read; then nothing is changed."""
+def fetch(name: str, progress: Progress | None = None, data_root: Path | None = None, loopback: bool = False) -> str:
+    """Brings the files of a manifest, of `weights/<name>`, or of `hf:owner/name@commit` onto this machine.
+
+    What no SHA-256 vouches for stays under `<file>.unverified` until `bench data lock` accepts it. Returns a sentence
+    to print. Raises Error; for data behind a licence it says where to get it and how to lay it out.
+    """
+    from bench.fetch import download, hub, unpack
+
+    if name.startswith("hf:"):
+        return f"{name} is in {hub(name)}"
     path = find(name)
+    if name.startswith("weights/"):
+        header = read_weights(path)
+        parts, folder = [header], data_folder(data_root) / "weights"
+    else:
+        header = read_header(path)
+        parts, folder = header.get("fetch", []), root_of(header, data_root)
+    if not parts:
+        raise Error(f"{name} cannot be fetched for you", hint=_how_to_get(name, header))
+    waiting = []
+    for part in parts:
+        target = folder / part["file"]
+        sha256 = part.get("sha256", "")
+        if "unpack" in part and any(_pictures(folder)):  # archives are unpacked as a whole or not at all
+            continue
+        if sha256 or header["locked"]:  # of locked data each item has a hash
+            download(part["url"], target, sha256, part.get("bytes", 0), progress, loopback)
+            if "unpack" in part:
+                unpack(target, folder, part["unpack"]["files"], part["unpack"]["bytes"])
+        else:
+            target = target.with_name(target.name + UNVERIFIED)
+            found = download(part["url"], target, "", part.get("bytes", 0), progress, loopback)
+            waiting.append(f"{target.name} has sha256 {found}")
+    if waiting:
+        more = f" and {len(waiting) - 3} more" if len(waiting) > 3 else ""
+        listed = "; ".join(waiting[:3]) + more
+        return f"{folder}: {listed}. Nobody vouches for it: if it is what you expect, bench data lock {name}"
+    return f"{name} is in {folder}" + ("" if header["locked"] else f"; next: bench data lock {name}")
+
+
+def lock(name: str, data_root: Path | None = None) -> Path:
+    """Accepts what lies there: decodes every item once, writes what pins it (SHA-256, width, height) into the items CSV
+    and the digest into the TOML; of weights the SHA-256 and size. Returns the TOML's path.
+
+    Without a CSV the items are the pictures below `root`. Raises Error for the first item that cannot be read; then
+    the manifest is not changed.
+    """
+    path = find(name)
+    if name.startswith("weights/"):
+        return _lock_weights(name, path, data_root)
     header = read_header(path)
     root = root_of(header, data_root)
+    _accept(header.get("fetch", []), root)
     items = path.with_name(f"{name}.items.csv")
     rows = read_rows(items) if items.exists() else [{"id": id} for id in _relative_pictures(root)]
     if not rows:
@@ -219,30 +252,103 @@ def lock(name: str, data_root: Path | None = None) -> Path:
             data = images.read_bytes(file)
             height, width = images.read(data, name=str(file)).shape[:2]
             row.update(sha256=digest(data), width=str(width), height=str(height))
-    found = f"sha256:{content_digest(header, rows)}"
-    folder = path.parent
-    if "_data" in folder.parts[-2:]:  # the installed package's copy: lock a copy of one's own, which is found first
-        folder = Path.cwd() / "data_manifests"
-        door.make_folder(folder)
-    text = _set_fields(_read_text(path), {"digest": f'"{found}"', "locked": "true"})
+    fields = {"digest": f'"sha256:{content_digest(header, rows)}"', "locked": "true"}
+    folder = _own_folder(path)
     door.replace(folder / items.name, _csv_bytes(rows))
-    door.replace(folder / path.name, text.encode())
+    door.replace(folder / path.name, _set_fields(read_text(path), fields).encode())
     return folder / path.name
 
 
-def verify(name: str, data_root: Path | None = None, digests: FileDigests | None = None) -> int:
-    """Reads and decodes every item; returns how many there are. Raises Error naming what is missing or changed."""
+def verify(name: str, data_root: Path | None = None, digests: FileDigests | None = None) -> str:
+    """Reads and decodes every item, or hashes the weights; returns a sentence to print. Raises Error naming what is
+    missing or changed."""
+    if name.startswith("weights/"):
+        return f"{weights_path(name.removeprefix('weights/'), data_root)} is as locked"
     manifest = load(name, data_root, digests)
     manifest.check()
     for id in manifest.ids():
         if manifest.item(id).path is not None:
             manifest.read(id)
-    return len(manifest)
+    return f"{name}: {len(manifest):,} items in {manifest.num_clusters():,} clusters, all as locked"
 
 
-def names() -> list[str]:
-    """The manifests that can be loaded by name."""
-    return sorted({p.stem for folder in folders() for p in folder.glob("*.toml")})
+def weights_path(name: str, data_root: Path | None = None) -> Path:
+    """The file of `data_manifests/weights/<name>.toml` whose SHA-256 was checked; raises Error with the fetch line."""
+    header = read_weights(find(f"weights/{name}"))
+    target = data_folder(data_root) / "weights" / header["file"]
+    for path in (target, *map(_package_file, header.get("packaged", []))):
+        if header["locked"] and path.is_file() and file_digest(path) == header["sha256"]:
+            return path
+    if header["locked"] and target.is_file():
+        raise Error(f"{target} is not the locked file", hint=f"remove it; then bench data fetch weights/{name}")
+    state = "missing" if header["locked"] else "not locked"
+    raise Error(f"weights {name} are {state}", hint=_how_to_get(f"weights/{name}", header))
+
+
+def _lock_weights(name: str, path: Path, data_root: Path | None) -> Path:
+    header = read_weights(path)
+    folder = data_folder(data_root) / "weights"
+    _accept([header], folder)
+    target = folder / header["file"]
+    if not target.is_file():
+        raise Error(f"{target} is missing", hint=f"bench data fetch {name}")
+    fields = {"sha256": f'"{file_digest(target)}"', "bytes": str(target.stat().st_size), "locked": "true"}
+    place = _own_folder(path)
+    door.replace(place / path.name, _set_fields(read_text(path), fields).encode())
+    return place / path.name
+
+
+def _weights_state(name: str) -> dict[str, str]:
+    header = read_weights(find(name))
+    there = (data_folder() / "weights" / header["file"]).is_file()
+    there = there or any(_package_file(p).is_file() for p in header.get("packaged", []))
+    state = "not locked" if not header["locked"] else "ready" if there else "not fetched"
+    return {"items": "1", "state": state, "license": textwrap.shorten(header["license"], 60, placeholder="...")}
+
+
+def _accept(parts: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Gives unverified downloads their names, and unpacks archives among them."""
+    from bench.fetch import unpack
+
+    for part in parts:
+        waiting = folder / (part["file"] + UNVERIFIED)
+        if waiting.is_file():
+            os.replace(waiting, folder / part["file"])
+            if "unpack" in part:
+                unpack(folder / part["file"], folder, part["unpack"]["files"], part["unpack"]["bytes"])
+
+
+def _own_folder(path: Path) -> Path:
+    """Where a manifest may be written: beside itself, or below the working folder if it came with the package."""
+    folder = path.parent
+    if "_data" not in path.parts:
+        return folder
+    own = Path.cwd() / "data_manifests" / ("weights" if folder.name == "weights" else "")
+    door.make_folder(own)
+    return own
+
+
+def names() -> list[tuple[str, dict[str, str]]]:
+    """The manifests by name, weights too, with what a list shows of them: items, state, license."""
+    rows = []
+    for name in [*_known("."), *(f"weights/{n}" for n in _known("weights"))]:
+        try:
+            rows.append((name, _weights_state(name) if name.startswith("weights/") else _data_state(name)))
+        except Error as e:
+            rows.append((name, {"items": "", "state": f"broken: {e}", "license": ""}))
+    return rows
+
+
+def _known(folder: str) -> list[str]:
+    return sorted({p.stem for place in folders() for p in (place / folder).glob("*.toml")})
+
+
+def _data_state(name: str) -> dict[str, str]:
+    manifest = load(name)
+    there = all(e.item.path is None or e.item.path.is_file() for e in list(manifest._entries.values())[:1])
+    state = "not locked" if not manifest.locked else "ready" if there else "not fetched"
+    items = f"{len(manifest):,}" if manifest.locked else ""
+    return {"items": items, "state": state, "license": textwrap.shorten(manifest.license, 60, placeholder="...")}
 
 
 def folders() -> list[Path]:
@@ -268,10 +374,10 @@ def find(name: str) -> Path:
             path = place / f"{name}.toml"
             if path.is_file():
                 return path
-    known = [f"weights/{n}" for n in weights_names()] if folder == "weights" else names()
+    known = [f"weights/{n}" for n in _known("weights")] if folder == "weights" else _known(".")
     where = "data_manifests/weights" if folder == "weights" else "data_manifests"
     hint = f"known: {', '.join(known)}; or image-folder:PATH; or write {where}/NAME.toml"
-    raise UsageError(f"no data manifest is called {name!r}{_suggest(name, known)}", hint=hint)
+    raise UsageError(f"no data manifest is called {name!r}{suggest(name, known)}", hint=hint)
 
 
 def data_folder(data_root: Path | None = None) -> Path:
@@ -282,127 +388,8 @@ def data_folder(data_root: Path | None = None) -> Path:
 # weights
 
 
-def weights_names() -> list[str]:
-    """The weights manifests that can be named."""
-    return sorted({p.stem for folder in folders() for p in (folder / "weights").glob("*.toml")})
-
-
 def root_of(header: Mapping[str, Any], data_root: Path | None) -> Path:
     return data_folder(data_root) / header.get("root", "")
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file of at most 16 MB as strict UTF-8; raises Error with the file and, where known, the line."""
-    try:
-        return tomllib.loads(_read_text(path))
-    except (ValueError, RecursionError) as e:
-        reason = "nested too deeply" if isinstance(e, RecursionError) else e
-        raise Error(f"{path}: {reason}", hint="mend the TOML") from None
-
-
-def check_fields(where: str, table: Mapping[str, Any], fields: Mapping[str, tuple[type, bool]]) -> None:
-    """Raises Error for a field that is unknown, missing or of another type; a quoted "false" is no false."""
-    for key, value in table.items():
-        if key not in fields:
-            raise Error(f"{where}: unknown field {key!r}{_suggest(key, fields)}", hint=f"fields: {', '.join(fields)}")
-        kind = fields[key][0]
-        if type(value) is not kind:
-            raise Error(f"{where}: {key} must be {_type(kind)}, got {_type(type(value))} {str(value)[:60]!r}")
-    for key, (kind, required) in fields.items():
-        if required and key not in table:
-            raise Error(f"{where}: {key} is missing", hint=f"add {key} = {_type(kind)}")
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """The checked fields of a manifest's TOML."""
-    header = read_toml(path)
-    where = str(path)
-    check_fields(where, header, HEADER)
-    if header["kind"] not in KINDS:
-        raise Error(f"{where}: kind is {header['kind']!r}{_suggest(header['kind'], KINDS)}", hint=f"one of {KINDS}")
-    if "root" in header:
-        check_name(where, "root", header["root"])
-    if "digest" in header and not re.fullmatch(r"sha256:[0-9a-f]{64}", header["digest"]):
-        raise Error(f"{where}: digest must be sha256: and 64 hex digits", hint=f"bench data lock {path.stem}")
-    if not all(isinstance(p, str) for p in header.get("pinned", ())):
-        raise Error(f"{where}: pinned must be a list of strings")
-    if (header["kind"] == "package-crops") != ("crops" in header):
-        raise Error(f"{where}: a table [crops] belongs to kind package-crops, and only there")
-    if "crops" in header:
-        check_fields(f"{where}: crops", header["crops"], CROPS)
-        for key, value in header["crops"].items():
-            if not 1 <= value <= 65536:
-                raise Error(f"{where}: crops.{key} is {value}; it must lie between 1 and 65536")
-    for i, part in enumerate(header.get("fetch", ())):
-        at = f"{where}: fetch[{i}]"
-        if not isinstance(part, dict):
-            raise Error(f"{at} must be a table")
-        check_fields(at, part, FETCH)
-        check_name(at, "file", part["file"])
-        if "sha256" in part and not SHA256.fullmatch(part["sha256"]):
-            raise Error(f"{at}: sha256 must be 64 hex digits")
-        check_fields(f"{at}: unpack", part.get("unpack", {"files": 0, "bytes": 0}), UNPACK)
-    return header
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of an items CSV as text; raises Error with file and line."""
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
-    rows: list[dict[str, str]] = []
-    columns: list[str] = []
-    seen: set[str] = set()
-    try:
-        for cells in reader:
-            at = f"{path}:{reader.line_num}"
-            if not columns:
-                columns = cells
-                if "id" not in columns or len(set(columns)) != len(columns) or not all(columns):
-                    raise Error(f"{at}: the first line must name the columns, each once, one of them id")
-                continue
-            if len(cells) != len(columns):
-                raise Error(f"{at}: {len(cells)} cells, expected {len(columns)}")
-            row = dict(zip(columns, cells, strict=True))
-            check_name(at, "id", row["id"])
-            if row["id"] in seen:
-                raise Error(f"{at}: id {row['id']!r} appears twice")
-            seen.add(row["id"])
-            rows.append(row)
-    except csv.Error as e:
-        raise Error(f"{path}:{reader.line_num}: {e}", hint="mend the CSV") from None
-    return rows
-
-
-def check_name(where: str, key: str, text: str) -> None:
-    """Raises Error unless text is a plain relative path: printable, no empty, `.` or `..` part, no backslash."""
-    parts = text.split("/")
-    if not text.isprintable() or "\\" in text or any(p in ("", ".", "..") or len(p) > 255 for p in parts):
-        raise Error(f"{where}: {key} {text[:100]!r} must be a plain path below the root", hint="no .., no leading /")
-
-
-def content_digest(header: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> str:
-    """What makes two manifests the same data: kind, preparation, crops and every row; not the licence's wording."""
-    return digest([header["kind"], _prepare(header), header.get("crops"), [dict(row) for row in rows]])
-
-
-def crop_boxes(width: int, height: int, size: int, stride: int, limit: int) -> list[tuple[int, int, int]]:
-    """(left, top, size) of square crops, spread evenly from edge to edge, at least `stride` px apart, at most `limit`:
-    where a grid has more, its stride grows until it has not. Empty where the picture is smaller than a crop."""
-    if min(width, height) < size:
-        return []
-    while ((width - size) // stride + 1) * ((height - size) // stride + 1) > limit:
-        stride += 1
-    return [(x, y, size) for y in _spread(height - size, stride) for x in _spread(width - size, stride)]
-
-
-def _spread(room: int, stride: int) -> list[int]:
-    steps = room // stride
-    return [room * i // steps for i in range(steps + 1)] if steps else [room // 2]
-
-
-def _prepare(header: Mapping[str, Any]) -> str:
-    if header["kind"] == "prompts":
-        return header.get("prepare", "")
-    return "; ".join(part for part in (header.get("prepare", "").strip(), images.RULES) if part)
 
 
 def _entries(header: Mapping[str, Any], rows: Sequence[Mapping[str, str]], root: Path, items: Path) -> dict[str, Entry]:
@@ -528,24 +515,3 @@ def _pictures(root: Path) -> Iterator[Path]:
         for file in files:
             if not file.startswith(".") and file.lower().endswith(images.SUFFIXES):
                 yield Path(folder, file)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        if path.stat().st_size > MAX_TEXT:
-            raise Error(f"{path} is larger than {MAX_TEXT:,} bytes")
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise Error(f"{path} is not UTF-8 at byte {e.start}", hint="save it as UTF-8") from None
-    except OSError as e:
-        raise Error(f"cannot read {path}: {e.strerror or e}") from None
-
-
-def _suggest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1) if len(name) < 200 else []
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _type(kind: type) -> str:
-    known = {str: "a text in quotes", bool: "true or false", int: "a whole number", list: "a list", dict: "a table"}
-    return known.get(kind, kind.__name__)

@@ -1,0 +1,209 @@
+"""The format of manifests: TOML and CSV read strictly, with the file, the line and the field in every refusal."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import images
+from bench.identity import digest
+from bench.types import Error
+
+MAX_TEXT = 16 * 2**20  # bytes of a TOML or CSV file
+SHA256 = re.compile(r"[0-9a-f]{64}")
+# field -> (type, required)
+HEADER: Mapping[str, tuple[type, bool]] = {
+    "kind": (str, True),  # one of KINDS
+    "source": (str, True),
+    "license": (str, True),
+    "redistribute": (bool, True),  # may pages show the pictures?
+    "locked": (bool, True),
+    "sensitive": (bool, False),
+    "root": (str, False),  # folder below BENCH_DATA
+    "prepare": (str, False),  # how an item is made; goes before images.RULES
+    "digest": (str, False),  # written by `bench data lock`
+    "manual": (str, False),  # how to get what cannot be fetched
+    "pinned": (list, False),  # requirements whose wheels hold the pictures
+    "crops": (dict, False),
+    "fetch": (list, False),
+}
+KINDS = ("images", "package-crops", "prompts")
+CROPS: Mapping[str, tuple[type, bool]] = {"size": (int, True), "stride": (int, True), "limit": (int, True)}
+FETCH: Mapping[str, tuple[type, bool]] = {
+    "url": (str, True),
+    "file": (str, True),  # its name below `root`
+    "sha256": (str, False),
+    "bytes": (int, False),
+    "unpack": (dict, False),  # an archive, unpacked into `root` if it stays below these limits
+}
+WEIGHTS: Mapping[str, tuple[type, bool]] = {
+    "what": (str, True),
+    "source": (str, True),
+    "license": (str, True),
+    "locked": (bool, True),
+    "url": (str, True),
+    "file": (str, True),  # its name below BENCH_DATA/weights
+    "sha256": (str, False),
+    "bytes": (int, False),
+    "packaged": (list, False),  # files of installed packages that may be the same: "torchmetrics/.../alex.pth"
+}
+UNPACK: Mapping[str, tuple[type, bool]] = {"files": (int, True), "bytes": (int, True)}
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """The checked fields of a weights manifest."""
+    header = read_toml(path)
+    check_fields(str(path), header, WEIGHTS)
+    check_name(str(path), "file", header["file"])
+    if "/" in header["file"]:
+        raise Error(f"{path}: file {header['file']!r} must be a plain name")
+    if not SHA256.fullmatch(header.get("sha256", "" if header["locked"] else "0" * 64)):
+        raise Error(f"{path}: sha256 must be 64 hex digits", hint=f"bench data lock weights/{path.stem} writes it")
+    for name in header.get("packaged", ()):
+        if not isinstance(name, str):
+            raise Error(f"{path}: packaged must be a list of strings")
+        check_name(str(path), "packaged", name)
+    return header
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file of at most 16 MB as strict UTF-8; raises Error with the file and, where known, the line."""
+    try:
+        return tomllib.loads(read_text(path))
+    except (ValueError, RecursionError) as e:
+        reason = "nested too deeply" if isinstance(e, RecursionError) else e
+        raise Error(f"{path}: {reason}", hint="mend the TOML") from None
+
+
+def check_fields(where: str, table: Mapping[str, Any], fields: Mapping[str, tuple[type, bool]]) -> None:
+    """Raises Error for a field that is unknown, missing or of another type; a quoted "false" is no false."""
+    for key, value in table.items():
+        if key not in fields:
+            raise Error(f"{where}: unknown field {key!r}{suggest(key, fields)}", hint=f"fields: {', '.join(fields)}")
+        kind = fields[key][0]
+        if type(value) is not kind:
+            raise Error(f"{where}: {key} must be {_type(kind)}, got {_type(type(value))} {str(value)[:60]!r}")
+    for key, (kind, required) in fields.items():
+        if required and key not in table:
+            raise Error(f"{where}: {key} is missing", hint=f"add {key} = {_type(kind)}")
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The checked fields of a manifest's TOML."""
+    header = read_toml(path)
+    where = str(path)
+    check_fields(where, header, HEADER)
+    if header["kind"] not in KINDS:
+        raise Error(f"{where}: kind is {header['kind']!r}{suggest(header['kind'], KINDS)}", hint=f"one of {KINDS}")
+    if "root" in header:
+        check_name(where, "root", header["root"])
+    if "digest" in header and not re.fullmatch(r"sha256:[0-9a-f]{64}", header["digest"]):
+        raise Error(f"{where}: digest must be sha256: and 64 hex digits", hint=f"bench data lock {path.stem}")
+    if not all(isinstance(p, str) for p in header.get("pinned", ())):
+        raise Error(f"{where}: pinned must be a list of strings")
+    if (header["kind"] == "package-crops") != ("crops" in header):
+        raise Error(f"{where}: a table [crops] belongs to kind package-crops, and only there")
+    if "crops" in header:
+        check_fields(f"{where}: crops", header["crops"], CROPS)
+        for key, value in header["crops"].items():
+            if not 1 <= value <= 65536:
+                raise Error(f"{where}: crops.{key} is {value}; it must lie between 1 and 65536")
+    for i, part in enumerate(header.get("fetch", ())):
+        at = f"{where}: fetch[{i}]"
+        if not isinstance(part, dict):
+            raise Error(f"{at} must be a table")
+        check_fields(at, part, FETCH)
+        check_name(at, "file", part["file"])
+        if "sha256" in part and not SHA256.fullmatch(part["sha256"]):
+            raise Error(f"{at}: sha256 must be 64 hex digits")
+        if "unpack" in part and len(header["fetch"]) > 1:
+            raise Error(f"{at}: an archive takes the place of `root`, so it must be the only entry of fetch")
+        check_fields(f"{at}: unpack", part.get("unpack", {"files": 0, "bytes": 0}), UNPACK)
+    return header
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of an items CSV as text; raises Error with file and line."""
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    rows: list[dict[str, str]] = []
+    columns: list[str] = []
+    seen: set[str] = set()
+    try:
+        for cells in reader:
+            at = f"{path}:{reader.line_num}"
+            if not columns:
+                columns = cells
+                if "id" not in columns or len(set(columns)) != len(columns) or not all(columns):
+                    raise Error(f"{at}: the first line must name the columns, each once, one of them id")
+                continue
+            if len(cells) != len(columns):
+                raise Error(f"{at}: {len(cells)} cells, expected {len(columns)}")
+            row = dict(zip(columns, cells, strict=True))
+            check_name(at, "id", row["id"])
+            if row["id"] in seen:
+                raise Error(f"{at}: id {row['id']!r} appears twice")
+            seen.add(row["id"])
+            rows.append(row)
+    except csv.Error as e:
+        raise Error(f"{path}:{reader.line_num}: {e}", hint="mend the CSV") from None
+    return rows
+
+
+def check_name(where: str, key: str, text: str) -> None:
+    """Raises Error unless text is a plain relative path: printable, no empty, `.` or `..` part, no backslash."""
+    parts = text.split("/")
+    if not text.isprintable() or "\\" in text or any(p in ("", ".", "..") or len(p) > 255 for p in parts):
+        raise Error(f"{where}: {key} {text[:100]!r} must be a plain path below the root", hint="no .., no leading /")
+
+
+def content_digest(header: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> str:
+    """What makes two manifests the same data: kind, preparation, crops and every row; not the licence's wording."""
+    return digest([header["kind"], prepare_of(header), header.get("crops"), [dict(row) for row in rows]])
+
+
+def crop_boxes(width: int, height: int, size: int, stride: int, limit: int) -> list[tuple[int, int, int]]:
+    """(left, top, size) of square crops, spread evenly from edge to edge, at least `stride` px apart, at most `limit`:
+    where a grid has more, its stride grows until it has not. Empty where the picture is smaller than a crop."""
+    if min(width, height) < size:
+        return []
+    while ((width - size) // stride + 1) * ((height - size) // stride + 1) > limit:
+        stride += 1
+    return [(x, y, size) for y in _spread(height - size, stride) for x in _spread(width - size, stride)]
+
+
+def _spread(room: int, stride: int) -> list[int]:
+    steps = room // stride
+    return [room * i // steps for i in range(steps + 1)] if steps else [room // 2]
+
+
+def prepare_of(header: Mapping[str, Any]) -> str:
+    if header["kind"] == "prompts":
+        return header.get("prepare", "")
+    return "; ".join(part for part in (header.get("prepare", "").strip(), images.RULES) if part)
+
+
+def read_text(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_TEXT:
+            raise Error(f"{path} is larger than {MAX_TEXT:,} bytes")
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise Error(f"{path} is not UTF-8 at byte {e.start}", hint="save it as UTF-8") from None
+    except OSError as e:
+        raise Error(f"cannot read {path}: {e.strerror or e}") from None
+
+
+def suggest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1) if len(name) < 200 else []
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _type(kind: type) -> str:
+    known = {str: "a text in quotes", bool: "true or false", int: "a whole number", list: "a list", dict: "a table"}
+    return known.get(kind, kind.__name__)
