@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -87,20 +88,25 @@ def null_where_not_finite(values: Sequence[float] | np.ndarray) -> list[float | 
     return [float(v) if np.isfinite(v) else None for v in values]
 
 
-def mean_of_rows(table: Table, column: str, withheld: int = 0, reason: str = "") -> Estimate:
+def withheld(name: str, n: int, reason: str) -> dict[str, list[str | None]]:
+    """Columns of a value that a rule makes null, with the reason beside it."""
+    return {name: [None] * n, f"{name}-withheld": [reason] * n}
+
+
+def mean_of_rows(table: Table, column: str) -> Estimate:
     """Mean of a column's non-null rows with a clustered interval.
 
-    `withheld` nulls were made by a rule that `reason` names; the note is given only when they explain every null, as a
-    note says that nothing is missing.
+    Nulls with a reason in `<column>-withheld` were made by a rule. The reasons become the note, but only when they
+    explain every null, as a note says that nothing is missing.
     """
     from bench import stats
 
     values = table.values(column)
-    n = int(np.isfinite(values).sum())
-    found = stats.mean(values, clusters=table.clusters(), seed=table.seed) if n else Estimate(None)
-    if withheld and n + withheld == table.expected:
-        return replace(found, note=reason)
-    return replace(found, note=found.note if n == table.expected else "")
+    reasons = Counter(r for r in table.column(f"{column}-withheld") if r)
+    found = stats.mean(values, clusters=table.clusters(), seed=table.seed)
+    if found.n + reasons.total() != table.expected:
+        return replace(found, note="")
+    return replace(found, note="; ".join([found.note] * bool(found.note) + [f"{n} {r}" for r, n in reasons.items()]))
 
 
 def _tensor(x: Any) -> Any:
@@ -127,11 +133,15 @@ class PSNR:
         x = quantise(media[self.real], self.quantise, self.value_range)
         y = quantise(media[self.fake], self.quantise, self.value_range)
         decibels = psnr(x, y, 255.0 if self.quantise != "none" else self.value_range[1] - self.value_range[0])
-        return {self.name: null_where_not_finite(decibels), "identical": [bool(np.isinf(v)) for v in decibels]}
+        identical = np.isinf(decibels).tolist()
+        return {
+            self.name: null_where_not_finite(decibels),
+            f"{self.name}-withheld": ["identical" if same else None for same in identical],
+            "identical": identical,
+        }
 
     def reduce(self, table):
-        identical = sum(bool(v) for v in table.column("identical"))
-        return mean_of_rows(table, self.name, identical, f"{identical} identical")
+        return mean_of_rows(table, self.name)
 
     def signature(self, table):
         span = "255" if self.quantise != "none" else f"{self.value_range[1] - self.value_range[0]:g}"

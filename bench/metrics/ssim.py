@@ -1,0 +1,279 @@
+"""SSIM in the four flavours that papers mix up, and MS-SSIM; one number per picture, float64 throughout.
+
+SSIM: Wang et al. 2004 (10.1109/TIP.2003.819861). MS-SSIM: Wang, Simoncelli and Bovik 2003 (10.1109/ACSSC.2003.1292216).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bench.metrics.pixel import mean_of_rows, quantise, same_shape, withheld
+from bench.types import Error, UsageError
+
+
+class Flavour(NamedTuple):
+    window: int  # px
+    sample: bool  # covariance over N - 1
+    border: str  # "valid": windows inside the picture; "reflect": as many windows as pixels
+    pool: bool  # average down by round(min side / 256) first
+
+
+FLAVOURS = {
+    "uniform7": Flavour(7, True, "valid", False),  # scikit-image's default; TokenBench
+    "gauss11_valid": Flavour(11, False, "valid", False),  # Wang; scikit-image gaussian_weights; torchmetrics <= 1.4.1
+    "gauss11_reflect": Flavour(11, False, "reflect", False),  # torchmetrics >= 1.4.2
+    "avgpool_gauss11": Flavour(11, False, "valid", True),  # piq
+}
+CANONICAL = "gauss11_valid"
+SIGMA = 1.5
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+TILE = 32  # rows and columns per matrix product: more is wasted work, less is wasted calls
+WIDE = 8  # column tiles filtered at once, so that the maps stay in cache
+
+
+def ssim(x: Any, y: Any, flavour: str = CANONICAL, data_range: float | None = None) -> np.ndarray:
+    """SSIM of each pair, float64 [B]: mean over windows and channels.
+
+    x, y [B, C, H, W], tensors or arrays; `data_range` L is 255 for uint8 and must be given for floats. C1 = (0.01 L)^2,
+    C2 = (0.03 L)^2. Raises Error where a side is smaller than the window.
+    """
+    x, y, data_range = _prepare(x, y, flavour, data_range)
+    return _means(x, y, FLAVOURS[flavour], data_range)[0].mean(1).cpu().numpy()
+
+
+def ssim_map(x: Any, y: Any, flavour: str = CANONICAL, data_range: float | None = None) -> tuple[Any, int]:
+    """The SSIM of every window, float64 tensor [B, C, h, w], and the offset of its corner in the picture (px).
+
+    Value [i, j] belongs to the window around pixel [i + offset, j + offset]. `avgpool_gauss11` has no such pixel.
+    """
+    import torch
+
+    x, y, data_range = _prepare(x, y, flavour, data_range)
+    shape = FLAVOURS[flavour]
+    if shape.pool:
+        raise UsageError(f"{flavour} shrinks the picture, so its map has no place in it", hint=f"use {CANONICAL}")
+    batch, channels, height, width = x.shape
+    edge = shape.window - 1
+    out = torch.empty(batch * channels, height - edge, width - edge, dtype=torch.float64, device=x.device)
+    for plane, row, column, values, _ in _tiles(x, y, shape, data_range, with_contrast=False):
+        out[plane : plane + values.shape[1], row : row + len(values), column : column + values.shape[2]] = (
+            values.transpose(0, 1)
+        )
+    return out.reshape(batch, channels, *out.shape[1:]), 0 if shape.border == "reflect" else edge // 2
+
+
+def ms_ssim(x: Any, y: Any, data_range: float | None = None) -> np.ndarray:
+    """MS-SSIM of each pair, float64 [B]: five scales of `gauss11_valid`, 2 x 2 means between, an odd last row dropped.
+
+    Per channel the product of contrast terms and the last scale's SSIM, each to its weight and negative ones taken as
+    0, then the mean over channels. Raises Error unless both sides exceed 160 px.
+    """
+    import torch
+
+    x, y, data_range = _prepare(x, y, CANONICAL, data_range)
+    if min(x.shape[-2:]) <= 160:
+        raise Error(f"MS-SSIM needs sides above 160 px, not {x.shape[-1]} x {x.shape[-2]}")
+    product = 1.0
+    for scale, weight in enumerate(SCALE_WEIGHTS):
+        last = scale == len(SCALE_WEIGHTS) - 1
+        whole, contrast = _means(x, y, FLAVOURS[CANONICAL], data_range, with_contrast=not last)
+        product = product * (whole if last else contrast).clamp(min=0.0) ** weight
+        if not last:
+            x, y = (torch.nn.functional.avg_pool2d(v.double(), 2) for v in (x, y))
+    return product.mean(1).cpu().numpy()
+
+
+def _prepare(x: Any, y: Any, flavour: str, data_range: float | None) -> tuple[Any, Any, float]:
+    """Tensors of one shape, pooled or reflected as the flavour says, and the range."""
+    import torch
+
+    if flavour not in FLAVOURS:
+        raise UsageError(f"SSIM flavour {flavour!r} is not one of {', '.join(FLAVOURS)}")
+    x, y = (torch.from_numpy(np.ascontiguousarray(v)) if isinstance(v, np.ndarray) else v for v in (x, y))
+    same_shape(x, y)
+    if x.dim() != 4:
+        raise Error(f"SSIM needs pictures [B, C, H, W], not {list(x.shape)}")
+    if data_range is None:
+        if x.dtype != torch.uint8 or y.dtype != torch.uint8:
+            raise UsageError("SSIM of floats needs a data_range", hint="2.0 for pictures in [-1, 1], 1.0 for [0, 1]")
+        data_range = 255.0
+    shape = FLAVOURS[flavour]
+    if shape.pool and (factor := max(1, round(min(x.shape[-2:]) / 256))) > 1:
+        x, y = (torch.nn.functional.avg_pool2d(v.double(), factor) for v in (x, y))
+    if min(x.shape[-2:]) < shape.window:
+        raise Error(f"a picture of {x.shape[-1]} x {x.shape[-2]} px is smaller than the window of {shape.window} px")
+    if shape.border == "reflect":
+        x, y = (_reflected(v, shape.window // 2) for v in (x, y))
+    return x, y, float(data_range)
+
+
+def _reflected(x: Any, edge: int) -> Any:
+    """The picture with `edge` mirrored rows and columns on each side, the border itself not repeated; any dtype."""
+    import torch
+
+    def mirrored(size: int) -> Any:
+        index = torch.arange(-edge, size + edge, device=x.device).abs()
+        return torch.where(index < size, index, 2 * (size - 1) - index)
+
+    return x[..., mirrored(x.shape[-2]), :][..., mirrored(x.shape[-1])]
+
+
+def _means(x: Any, y: Any, shape: Flavour, data_range: float, with_contrast: bool = False) -> tuple[Any, Any]:
+    """Mean SSIM and mean contrast-structure term over the windows, float64 [B, C] each (None if not asked)."""
+    import torch
+
+    batch, channels, height, width = x.shape
+    totals = torch.zeros(2, batch * channels, dtype=torch.float64, device=x.device)
+    for plane, _, _, values, contrast in _tiles(x, y, shape, data_range, with_contrast):
+        totals[0, plane : plane + values.shape[1]] += values.sum((0, 2))
+        if with_contrast:
+            totals[1, plane : plane + values.shape[1]] += contrast.sum((0, 2))
+    edge = shape.window - 1
+    means = (totals / ((height - edge) * (width - edge))).reshape(2, batch, channels)
+    return means[0], means[1] if with_contrast else None
+
+
+def _tiles(x: Any, y: Any, shape: Flavour, data_range: float, with_contrast: bool):
+    """(plane, row, column, SSIM [rows, planes, columns], contrast) of tiles that cover all windows.
+
+    With s = x + y and d = x - y the four filtered maps are s, d, s^2, d^2: 2 mu_x mu_y = (mu_s^2 - mu_d^2) / 2 and
+    so on, which needs fewer passes than x, y, x^2 + y^2, xy and loses less where x is close to y. The window is
+    separable; each direction is a product with a small banded matrix, on rows then on columns.
+    """
+    import torch
+
+    batch, channels, height, width = x.shape
+    x, y = (v.reshape(batch * channels, height, width) for v in (x, y))
+    edge = shape.window - 1
+    band = torch.from_numpy(_band(shape.window)).to(x.device)
+    factor = shape.window**2 / (shape.window**2 - 1) if shape.sample else 1.0
+    c1, c2 = 2 * (0.01 * data_range) ** 2, 2 * (0.03 * data_range) ** 2 / factor
+    group = channels if x.device.type == "cpu" else batch * channels  # planes at once
+    for plane in range(0, batch * channels, group):
+        for column in range(0, width - edge, TILE * WIDE):
+            columns = min(TILE * WIDE, width - edge - column)
+            for row in range(0, height - edge, TILE):
+                rows = min(TILE, height - edge - row)
+                cut = slice(plane, plane + group), slice(row, row + rows + edge), slice(column, column + columns + edge)
+                a, b = (v[cut].transpose(0, 1).double() for v in (x, y))
+                maps = torch.empty(rows + edge, 4, *a.shape[1:], dtype=torch.float64, device=x.device)
+                torch.add(a, b, out=maps[:, 0])
+                torch.sub(a, b, out=maps[:, 1])
+                torch.mul(maps[:, :2], maps[:, :2], out=maps[:, 2:])
+                down = band[:rows, : rows + edge] @ maps.flatten(1)
+                yield plane, row, column, *_windows(_across(down, band, columns, edge), rows, c1, c2, with_contrast)
+
+
+def _across(down: Any, band: Any, columns: int, edge: int) -> Any:
+    """Filters the last axis: [.., columns + edge] -> [.., columns], in blocks of TILE columns."""
+    import torch
+
+    down = down.reshape(-1, columns + edge)
+    out = torch.empty(len(down), columns, dtype=torch.float64, device=down.device)
+    for start in range(0, columns, TILE):
+        n = min(TILE, columns - start)
+        torch.mm(down[:, start : start + n + edge], band[:n, : n + edge].T, out=out[:, start : start + n])
+    return out
+
+
+def _windows(filtered: Any, rows: int, c1: float, c2: float, with_contrast: bool) -> tuple[Any, Any]:
+    """SSIM and contrast of each window from the filtered maps [rows * 4 * planes, columns]; constants doubled."""
+    maps = filtered.reshape(rows, 4, -1, filtered.shape[-1])
+    squares = maps[:, :2] * maps[:, :2]
+    variances = maps[:, 2:].sub_(squares)
+    both, apart = squares[:, 0], squares[:, 1]
+    spread, noise = variances[:, 0].add_(c2), variances[:, 1]
+    structure, contrast_floor = spread - noise, spread.add_(noise)
+    both.add_(c1)
+    if with_contrast:
+        contrast = structure / contrast_floor
+        return contrast * (both - apart) / (both + apart), contrast
+    return (both - apart).mul_(structure).div_(contrast_floor.mul_(both.add_(apart))), None
+
+
+@cache
+def _band(window: int) -> np.ndarray:
+    """float64 [TILE, TILE + window - 1]: row i holds the window's weights from column i on."""
+    if window == 7:
+        weights = np.full(7, 1 / 7)
+    else:
+        distance = np.arange(window) - window // 2
+        weights = np.exp(-(distance**2) / (2 * SIGMA**2))
+        weights /= weights.sum()
+    band = np.zeros((TILE, TILE + window - 1))
+    for i in range(TILE):
+        band[i, i : i + window] = weights
+    return band
+
+
+def _pair(metric: Any, media: Any) -> tuple[Any, Any, float]:
+    """Both pictures as the metric compares them, and their range."""
+    x = quantise(media[metric.real], metric.quantise, metric.value_range)
+    y = quantise(media[metric.fake], metric.quantise, metric.value_range)
+    return x, y, 255.0 if metric.quantise != "none" else metric.value_range[1] - metric.value_range[0]
+
+
+@dataclass(frozen=True)
+class SSIM:
+    """Structural similarity per picture; null with a reason where the picture is smaller than the window."""
+
+    flavour: str = CANONICAL
+    data_range: float | None = None  # None: 255, or the width of `value_range` for floats
+    real: str = "image"
+    fake: str = "recon"
+    quantise: str = "round"
+    value_range: tuple[float, float] = (-1.0, 1.0)
+
+    version = 1
+    unit = ""
+    better = "higher"
+
+    @property
+    def name(self) -> str:
+        return "ssim" if self.flavour == CANONICAL else f"ssim_{self.flavour}"
+
+    def measure(self, media, ctx):
+        x, y, span = _pair(self, media)
+        window = FLAVOURS[self.flavour].window
+        if min(x.shape[-2:]) < window:
+            return withheld(self.name, len(x), f"pictures smaller than the window of {window} px")
+        return {self.name: ssim(x, y, self.flavour, self.data_range or span).tolist()}
+
+    def reduce(self, table):
+        return mean_of_rows(table, self.name)
+
+    def signature(self, table):
+        span = self.data_range or (255.0 if self.quantise != "none" else self.value_range[1] - self.value_range[0])
+        return f"ssim|{self.flavour}|range:{span:g}|{self.quantise}|v:{self.version}"
+
+
+@dataclass(frozen=True)
+class MSSSIM:
+    """Multi-scale structural similarity per picture; null with a reason where a side is at most 160 px."""
+
+    real: str = "image"
+    fake: str = "recon"
+    quantise: str = "round"
+    value_range: tuple[float, float] = (-1.0, 1.0)
+
+    name = "ms-ssim"
+    version = 1
+    unit = ""
+    better = "higher"
+
+    def measure(self, media, ctx):
+        x, y, span = _pair(self, media)
+        if min(x.shape[-2:]) <= 160:
+            return withheld(self.name, len(x), "a side of at most 160 px")
+        return {self.name: ms_ssim(x, y, span).tolist()}
+
+    def reduce(self, table):
+        return mean_of_rows(table, self.name)
+
+    def signature(self, table):
+        span = "255" if self.quantise != "none" else f"{self.value_range[1] - self.value_range[0]:g}"
+        return f"ms-ssim|gauss11_valid x 5|range:{span}|{self.quantise}|v:{self.version}"
