@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from io import BytesIO
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bench.adapters.autoencoders import VAE, VideoVAE
 from bench.adapters.codecs import FORMATS, Codec
 from bench.adapters.toy import Toy, colour
 from bench.capabilities import held
@@ -184,6 +187,198 @@ def test_the_toy_says_what_it_cannot_do():
         Toy(bits=17)
 
 
+# --- autoencoders of diffusers: random networks of the real classes, saved and read back
+
+
+def networks() -> dict:
+    from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLCosmos, AutoencoderTiny, VQModel
+
+    down, up = ("DownEncoderBlock2D",) * 3, ("UpDecoderBlock2D",) * 3
+    blocks = {"block_out_channels": (8, 8, 16), "down_block_types": down, "up_block_types": up, "norm_num_groups": 4}
+    return {
+        "AutoencoderKL": lambda: AutoencoderKL(**blocks, latent_channels=4),
+        "AutoencoderTiny": lambda: AutoencoderTiny(
+            encoder_block_out_channels=(8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8),
+            num_encoder_blocks=(1, 1, 1),
+            num_decoder_blocks=(1, 1, 1),
+        ),
+        "VQModel": lambda: VQModel(**blocks, latent_channels=3, num_vq_embeddings=50),
+        "VQModel-lookup": lambda: VQModel(**blocks, latent_channels=3, num_vq_embeddings=50, lookup_from_codebook=True),
+        "AutoencoderDC": lambda: AutoencoderDC(
+            latent_channels=4,
+            attention_head_dim=4,
+            encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+            decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+            encoder_block_out_channels=(8, 8, 16),
+            decoder_block_out_channels=(8, 8, 16),
+            encoder_layers_per_block=(1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1),
+            encoder_qkv_multiscales=((), (), (5,)),
+            decoder_qkv_multiscales=((), (), (5,)),
+        ),
+        "AutoencoderKLCosmos": lambda: AutoencoderKLCosmos(
+            latent_channels=4,
+            encoder_block_out_channels=(8, 8, 8, 8),
+            decode_block_out_channels=(8, 8, 8, 8),
+            attention_resolutions=(8,),
+            resolution=32,
+            num_layers=1,
+            latents_mean=None,
+            latents_std=None,
+        ),
+    }
+
+
+FACTORS = {"AutoencoderKLCosmos": 8}  # the others: 4
+NETWORKS = ["AutoencoderKL", "AutoencoderTiny", "VQModel", "VQModel-lookup", "AutoencoderDC", "AutoencoderKLCosmos"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """name -> (network, folder), made once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            net = networks()[name]().eval()
+            generator = torch.Generator().manual_seed(1)
+            for key, value in net.named_parameters():  # the same network in every run of the tests
+                noise = torch.randn(value.shape, generator=generator)
+                if value.dim() > 1:
+                    value.data = noise / math.sqrt(value[0].numel())
+                elif key.endswith("bias"):
+                    value.data = 0.05 * noise
+            folder = tmp_path_factory.mktemp("networks") / name
+            net.save_pretrained(folder)
+            made[name] = net, folder
+        return made[name]
+
+    return get
+
+
+def direct(net, x: torch.Tensor) -> torch.Tensor:
+    """Reconstruction by the class itself, through its own `forward` where that means the deterministic one."""
+    with torch.no_grad():
+        if type(net).__name__ == "AutoencoderTiny":  # its forward also rounds the latents to 8 bits
+            return net.decode(net.encode(x).latents).sample
+        if type(net).__name__ == "AutoencoderKLCosmos":
+            return net(x.unsqueeze(2)).sample.squeeze(2)
+        return net(x).sample
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_vae_is_what_its_class_computes(saved, name):
+    net, folder = saved(name)
+    x = tensor(*[picture(seed, 32) for seed in range(4)])
+    vae = VAE(folder)
+    factor = FACTORS.get(name, 4)
+    latents = vae.encode(x)
+    decoded = vae.decode(latents)
+
+    assert vae.factor == factor and latents.data.shape[2:] == (32 // factor, 32 // factor)
+    assert decoded.shape == x.shape and decoded.dtype == torch.float32
+    # 1e-5: the codebook's straight-through sum z + (q - z) rounds; the others are the same operations
+    torch.testing.assert_close(decoded, direct(net, x), atol=1e-5, rtol=0)
+    alone = torch.cat([vae.decode(vae.encode(image[None])) for image in x])
+    torch.testing.assert_close(decoded, alone, atol=1e-4, rtol=0)  # other batch: other order of float32 sums
+    if name.startswith("VQModel"):
+        assert latents.indices.shape == (4, 8, 8) and latents.indices.dtype == torch.int64
+        assert list(latents.bits) == [64 * math.log2(50)] * 4
+        assert len(latents.indices.unique()) > 10
+        assert torch.equal(vae.decode(latents.indices), decoded)  # the codes are all that it needs
+    else:
+        assert list(latents.bits) == [32 * latents.data[0].numel()] * 4
+        assert torch.equal(vae.decode(latents.data), decoded)
+    with pytest.raises(Error, match=f"factor {factor}"):
+        vae.encode(x[..., :30])
+
+
+def test_a_sample_of_the_posterior_belongs_to_its_seed(saved):
+    net, folder = saved("AutoencoderKL")
+    vae = VAE(folder)
+    x = tensor(*[picture(seed, 32) for seed in range(3)])
+    latents = vae.encode(x)
+    seeds = [3, 2**63 - 1, 5]
+    sampled = vae.decode(latents, seeds)
+
+    with torch.no_grad():
+        posterior = net.encode(x).latent_dist
+        noise = [torch.randn(posterior.mean.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
+        expected = net.decode(posterior.mean + posterior.std * torch.stack(noise)).sample
+    torch.testing.assert_close(sampled, expected, atol=1e-5, rtol=0)
+    assert torch.equal(sampled, vae.decode(latents, seeds))
+    assert (sampled - vae.decode(latents)).abs().amax((1, 2, 3)).min() > 1e-3
+    swapped = vae.decode(vae.encode(x.flip(0)), seeds[::-1]).flip(0)
+    torch.testing.assert_close(sampled, swapped, atol=1e-4, rtol=0)
+
+
+def test_half_precision_counts_half_the_bits(saved):
+    net, folder = saved("AutoencoderKL")
+    x = tensor(picture(size=32))
+    half = VAE(folder, "bfloat16")
+    assert half.encode(x).bits == [16 * 4 * 8 * 8]
+    decoded = half.decode(half.encode(x))
+    assert decoded.dtype == torch.float32
+    expected = direct(net.__class__.from_pretrained(folder, torch_dtype=torch.bfloat16), x.bfloat16())
+    assert torch.equal(decoded, expected.float())
+
+
+def test_a_video_goes_through_cosmos_in_legal_lengths(saved):
+    net, folder = saved("AutoencoderKLCosmos")
+    vae = VideoVAE(folder)
+    clips = tensor(*[picture(seed, 32) for seed in range(9)]).transpose(0, 1)[None]
+    latents = vae.encode_video(clips)
+    assert vae.temporal_factor == 8 and latents.data.shape == (1, 4, 2, 4, 4)
+    assert list(latents.bits) == [32 * 4 * 2 * 4 * 4]
+    with torch.no_grad():
+        torch.testing.assert_close(vae.decode_video(latents), net(clips).sample, atol=1e-5, rtol=0)
+        assert net(clips[:, :, :8]).sample.shape[2] != 8  # why other lengths are refused
+    with pytest.raises(Error, match="8 frames are not"):
+        vae.encode_video(clips[:, :, :8])
+
+
+def test_a_folder_that_is_not_a_whole_autoencoder_is_refused(saved, tmp_path):
+    from diffusers import UNet2DModel
+    from safetensors.torch import load_file, save_file
+
+    with pytest.raises(Error, match="not a folder"):
+        VAE("nothing/here")
+    with pytest.raises(Error, match="not on this machine") as caught:
+        VAE("hf:nobody/nothing@0123456789")
+    assert "bench data fetch hf:nobody/nothing@0123456789" in caught.value.hint
+    (tmp_path / "pipeline" / "vae").mkdir(parents=True)
+    with pytest.raises(Error, match=r"no config\.json") as caught:
+        VAE(str(tmp_path / "pipeline"))
+    assert "folder vae" in caught.value.hint
+
+    _, folder = saved("AutoencoderTiny")
+    with pytest.raises(UsageError, match="dtype"):
+        VAE(folder, "int8")
+    with pytest.raises(Error, match="AutoencoderTiny"):
+        VideoVAE(folder)
+    other = tmp_path / "unet"
+    down, up = ("DownBlock2D",) * 2, ("UpBlock2D",) * 2
+    unet = UNet2DModel(8, block_out_channels=(8, 8), norm_num_groups=4, down_block_types=down, up_block_types=up)
+    unet.save_pretrained(other)
+    with pytest.raises(Error, match="UNet2DModel"):
+        VAE(other)
+
+    part = tmp_path / "part"
+    part.mkdir()
+    (part / "config.json").write_bytes((folder / "config.json").read_bytes())
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    lost = sorted(tensors)[0]
+    save_file({k: v for k, v in tensors.items() if k != lost}, part / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(Error, match=lost.replace(".", r"\.")):  # diffusers would make numbers up
+        VAE(part)
+    config = json.loads((part / "config.json").read_text())
+    (part / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.VAE"}}))
+    with pytest.raises(Error, match="names code"):
+        VAE(part)
+
+
 def test_capabilities_are_read_from_the_class():
-    assert held(Codec) == ("Autoencoder",)
+    assert held(Codec) == held(VAE) == ("Autoencoder",)
+    assert held(VideoVAE) == ("VideoAutoencoder",)
     assert held(Toy) == ("TextToImage", "ClassToImage", "Autoencoder")

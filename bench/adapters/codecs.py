@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from bench.capabilities import Latents
 from bench.types import Error, UsageError
@@ -38,9 +38,10 @@ class Codec:
 
     def __init__(
         self,
-        format: str = "jpeg",
+        format: Literal["jpeg", "webp", "avif", "jpeg2000"] = "jpeg",
         quality: int | None = None,
-        subsampling: str | None = None,  # of chroma: 4:4:4, 4:2:2, 4:2:0 (default); jpeg and avif
+        subsampling: Literal["4:4:4", "4:2:2", "4:2:0"]
+        | None = None,  # of chroma: 4:4:4, 4:2:2, 4:2:0 (default); jpeg and avif
         *,
         device: str = "cpu",  # where decoded images go; the codecs themselves run on the CPU
     ):
