@@ -93,20 +93,21 @@ def withheld(name: str, n: int, reason: str) -> dict[str, list[str | None]]:
     return {name: [None] * n, f"{name}-withheld": [reason] * n}
 
 
-def mean_of_rows(table: Table, column: str) -> Estimate:
+def mean_of_rows(table: Table, column: str, withheld: int = 0, reason: str = "") -> Estimate:
     """Mean of a column's non-null rows with a clustered interval.
 
-    Nulls with a reason in `<column>-withheld` were made by a rule. The reasons become the note, but only when they
-    explain every null, as a note says that nothing is missing.
+    Nulls that a rule made have their reason in the column `<column>-withheld`; or `withheld` counts them and `reason`
+    says why. It becomes the note, but only where every null is explained, as a note says that nothing is missing.
     """
     from bench import stats
 
-    values = table.values(column)
+    found = stats.mean(table.values(column), clusters=table.clusters(), seed=table.seed)
     reasons = Counter(r for r in table.column(f"{column}-withheld") if r)
-    found = stats.mean(values, clusters=table.clusters(), seed=table.seed)
-    if found.n + reasons.total() != table.expected:
+    withheld += reasons.total()
+    if found.n + withheld != table.expected:
         return replace(found, note="")
-    return replace(found, note="; ".join([found.note] * bool(found.note) + [f"{n} {r}" for r, n in reasons.items()]))
+    notes = [found.note, reason if withheld else "", *(f"{n} {r}" for r, n in reasons.items())]
+    return replace(found, note="; ".join(n for n in notes if n))
 
 
 def _tensor(x: Any) -> Any:
