@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,21 +41,23 @@ class Reconstruction(Suite):
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        from bench.metrics import LPIPS, MSSSIM, PSNR, SSIM, BitsPerPixel, Frechet
+        from bench import metrics
 
         p = protocols.get(self.protocol)
-        found: list[Metric] = [BitsPerPixel()]
+        found: list[Metric] = [metrics.BitsPerPixel()]
         if p.psnr:
-            found.append(PSNR(**self._media(p.psnr_pixels)))
+            found.append(metrics.PSNR(**self._media(p.psnr_pixels)))
         if p.ssim:
-            scale = dict(flavour=p.ssim, scale=p.ssim_scale, data_range=p.ssim_range)
-            found.append(SSIM(**self._media(p.ssim_pixels), **scale))
-            if p.ms_ssim:
-                found.append(MSSSIM(**self._media(p.ssim_pixels)))
-        found += [LPIPS(net=net, **self._media(p.lpips_pixels)) for net in p.lpips]
+            black, white = p.ssim_scale
+            pair = self._media(p.ssim_pixels)
+            width = 2 if pair["quantise"] == "none" else 255  # of the media
+            similar = [metrics.SSIM(flavour=p.ssim, data_range=p.ssim_range * width / (white - black), **pair)]
+            similar += [metrics.MSSSIM(**pair)] if p.ms_ssim else []
+            found += [FromBlack(metric) for metric in similar] if width == 2 and black == 0 else similar
+        found += [metrics.LPIPS(net=net, **self._media(p.lpips_pixels)) for net in p.lpips]
         if p.frechet:
             extractor = p.frechet if p.frechet == "embedded" else f"{p.frechet}-{p.frechet_resize}"
-            found.append(Frechet(extractor=extractor, **self._media(p.frechet_pixels)))
+            found.append(metrics.Frechet(extractor=extractor, **self._media(p.frechet_pixels)))
         if p.psnr and p.psnr_pixels == protocols.SAME:
             found += [Bands(), Sharpness(), RegionPSNR()]
         return tuple(found)
@@ -120,7 +122,8 @@ def _check(ids: list[str], x: Tensor, y: Tensor) -> None:
             f"the model decoded {list(x.shape)} into {list(y.shape)}",
             hint="choose a size that the model can code without padding",
         )
-    finite = y.isfinite().flatten(1).all(1).tolist()
+    low, high = y.flatten(1).aminmax(dim=1)
+    finite = (low.isfinite() & high.isfinite()).tolist()
     bad = [id for id, ok in zip(ids, finite, strict=True) if not ok]
     if bad:
         raise Error(f"the model decoded NaN or infinity in {len(bad)} of {len(ids)} pictures, item {bad[0]} first")
@@ -150,6 +153,26 @@ def _from_bytes(v: Tensor, float64: bool = False) -> Tensor:
 def _arrays(media: Mapping[str, Any]) -> zip:
     """Pairs of uint8 [3, H, W] arrays, original and reconstruction."""
     return zip(media["image"].cpu().numpy(), media["recon"].cpu().numpy(), strict=True)
+
+
+@dataclass(frozen=True)
+class FromBlack:
+    """A metric of float pictures that sees black at 0 and white at 2: SSIM there is not what it is in [-1, 1]."""
+
+    metric: Any  # with the fields `real` and `fake`
+
+    def __post_init__(self):
+        for fact in ("name", "version", "unit", "better"):
+            object.__setattr__(self, fact, getattr(self.metric, fact))
+
+    def measure(self, media, ctx):
+        return self.metric.measure({name: media[name] + 1 for name in (self.metric.real, self.metric.fake)}, ctx)
+
+    def reduce(self, table):
+        return self.metric.reduce(table)
+
+    def signature(self, table):
+        return self.metric.signature(table) + "|black:0"
 
 
 @dataclass(frozen=True)
@@ -216,11 +239,13 @@ class RegionPSNR:
         return {region: self._mean(table, f"{self.name}.{region}") for region in regions.REGIONS}
 
     def _mean(self, table: Table, column: str) -> Estimate:
-        from bench.metrics.pixel import mean_of_rows
+        from bench import stats
 
-        withheld = sum(v is None for v in table.column(column))
-        reason = f"{withheld} without such an area of {regions.MIN_PIXELS} px, or without error in it"
-        return mean_of_rows(table, column, withheld, reason)
+        found = stats.mean(table.values(column), clusters=table.clusters(), seed=table.seed)
+        without = len(table) - found.n
+        if not without or len(table) < table.expected:  # a note would say that nothing is missing
+            return replace(found, note="")
+        return replace(found, note=f"{without} without such an area of {regions.MIN_PIXELS} px, or without error in it")
 
     def signature(self, table):
         return f"region-psnr|range:255|round|min:{regions.MIN_PIXELS}px|v:{self.version}"
