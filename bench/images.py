@@ -19,7 +19,7 @@ from bench.types import Error
 
 MAX_BYTES = 64 * 2**20  # a file
 MAX_PIXELS = 64 * 10**6  # a picture
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 
 # What `read` does where a file leaves it open. It is part of every manifest's digest.
@@ -54,8 +54,7 @@ def read(source: str | Path | bytes, name: str = "") -> np.ndarray:
     except Image.DecompressionBombError:
         raise _too_many_pixels(name) from None
     except UnidentifiedImageError:
-        known = ", ".join(f for f in FORMATS if f != "MPO")
-        raise Error(f"{name} is not a picture that can be read", hint=f"formats: {known}") from None
+        raise Error(f"{name} is not a picture that can be read", hint=f"formats: {', '.join(FORMATS)}") from None
     except _BROKEN as e:
         reason = str(e) or type(e).__name__
         raise Error(f"{name} cannot be decoded: {reason}", hint="replace the file or leave it out") from None
@@ -69,17 +68,19 @@ def read_bytes(path: str | Path) -> bytes:
     except (OSError, ValueError) as e:
         reason = "it is a link" if os.path.islink(path) else getattr(e, "strerror", None) or e
         raise Error(f"cannot read {path}: {reason}", hint="give a regular file that can be read") from None
-    with os.fdopen(fd, "rb") as file:
+    try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise Error(f"cannot read {path}: it is not a regular file", hint="give a file, not a folder or pipe")
         if status.st_size > MAX_BYTES:
             size = f"{status.st_size:,} bytes, more than {MAX_BYTES:,}"
             raise Error(f"{path} is {size}", hint="make it smaller or leave it out")
-        try:
+        with os.fdopen(fd, "rb", closefd=False) as file:
             return file.read(MAX_BYTES + 1)
-        except OSError as e:
-            raise Error(f"cannot read {path}: {e.strerror or e}", hint="check the disk and try again") from None
+    except OSError as e:
+        raise Error(f"cannot read {path}: {e.strerror or e}", hint="check the disk and try again") from None
+    finally:
+        os.close(fd)
 
 
 def _too_many_pixels(name: str) -> Error:
@@ -99,7 +100,7 @@ def _decode(Image, data: bytes, name: str) -> np.ndarray:
     if image.format == "PNG":  # Pillow checks the checksums of pixels only here
         image.verify()
         image = _open(Image, data)
-    if image.format != "MPO":
+    if image.format != "MPO":  # a JPEG with previews or depth beside it; any JPEG reader sees the first
         try:
             image.seek(1)
         except EOFError:
