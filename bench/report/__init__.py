@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from bench.report.board import find_board
 from bench.report.collect import load
 from bench.report.page import Summary, render
 
-__all__ = ["Summary", "load", "render"]
+__all__ = ["Summary", "find_board", "load", "render"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.text import closest
-from bench.types import Error
+from bench.types import Error, UsageError
 
 LIMIT = 16 << 20  # bytes; a board is a page long
 KINDS = ("scatter", "profile", "forest")
@@ -45,8 +45,8 @@ class Column:
 
 @dataclass(frozen=True)
 class Plot:
-    """One figure. scatter: y over x, both with intervals; the models of one family (a label without its trailing number)
-    are joined. profile: the scores `metric.<suffix>` over their suffixes. forest: one metric, model by model."""
+    """One figure. scatter: y over x, both with intervals; models of one family (labels but for a last number) are
+    joined. profile: the scores `metric.<suffix>` over their suffixes. forest: one metric, model by model."""
 
     kind: str
     suite: str
@@ -117,6 +117,31 @@ def read_board(path: Path) -> Board:
                     f"{path}: figure {plot.title!r} has no {name}", hint=f"a {plot.kind} needs {' and '.join(needs)}"
                 )
     return board
+
+
+def find_board(name: str | None = None) -> Path:
+    """The file of a board: a path, a name in `reports/`, or without a name the only board, else `leaderboard`.
+
+    Boards of the working folder come before those that the harness brings. Raises UsageError with suggestions.
+    """
+    from bench.manifest import shared_folder
+
+    if name and (name.endswith(".toml") or "/" in name):
+        return Path(name)
+    known: dict[str, Path] = {}
+    for place in shared_folder("reports"):
+        for path in sorted(place.glob("*.toml")):
+            known.setdefault(path.stem, path)
+    if name is None and len(known) == 1:
+        return next(iter(known.values()))
+    wanted = name or "leaderboard"
+    if wanted in known:
+        return known[wanted]
+    if not known:
+        raise UsageError("no board: there is no reports/*.toml", hint="write one, or give a path")
+    if name is None:
+        raise UsageError("which board?", hint=f"bench leaderboard {' | '.join(sorted(known))}")
+    raise UsageError(f"no board is called {name!r}", hint=closest(name, known))
 
 
 NESTED = {"select": Select, "rank": Rank, "gallery": Gallery, "column": [Column], "figure": [Plot]}

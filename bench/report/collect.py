@@ -1,7 +1,7 @@
-"""What a board stands on: scores from the store and from CSV files, each run's facts, and who may be compared with whom.
+"""What a board stands on: scores from the store and from CSV files, facts of each run, and what may be compared.
 
-Beside its page a board keeps `scores.csv`, `pairs.csv` and `runs.json`, and their digests in `SHA256SUMS`. A clone without a
-store draws the same page from them. Rows of any other CSV file are cited, whatever they say of themselves.
+Beside its page a board keeps `scores.csv`, `pairs.csv` and `runs.json`, and their digests in `SHA256SUMS`. A clone
+without a store draws the same page from them. Rows of any other CSV file are cited, whatever they say of themselves.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from bench.report.board import Board
 from bench.types import Error, Estimate, Score
 
 SUMS = "SHA256SUMS"
+LABEL = 80  # characters of a model's label that are shown
 KEPT = ("scores.csv", "pairs.csv", "runs.json")  # what a page can be drawn from again
 
 
@@ -305,7 +306,18 @@ def _arrange(found: Collection) -> None:
                 )
                 entry.cells[i] = cell
     found.rows = _labelled(rows)
+    _drop_empty(found, [*found.rows, *apart.values()])
     found.apart = sorted(apart.values(), key=lambda a: (a.reason, a.label))
+
+
+def _drop_empty(found: Collection, lines: Sequence[Row | Apart]) -> None:
+    """Columns that no run has a score for (a metric of another protocol) leave the board."""
+    board = found.board
+    ranked = board.rank and board.rank.by
+    used = [i for i, c in enumerate(board.column) if c.key == ranked or any(line.cells[i] for line in lines)]
+    found.board = replace(board, column=tuple(board.column[i] for i in used))
+    for line in lines:
+        line.cells = [line.cells[i] for i in used]
 
 
 def _main_protocol(found: Collection, suite: str) -> str:
@@ -343,8 +355,12 @@ def why_apart(found: Collection, facts: Facts, protocol: str) -> str:
 
 def _labelled(rows: Mapping[str, Row]) -> list[Row]:
     """Rows by label; models of one label are told apart by seed, or else by run."""
+    from bench.text import plain
+
     by_label: dict[str, list[tuple[str, Row]]] = {}
     for key, row in rows.items():
+        text = plain(row.label)
+        row.label = text if len(text) <= LABEL else text[: LABEL - 1] + "…"
         by_label.setdefault(row.label, []).append((key, row))
     for label, group in by_label.items():
         if len(group) == 1:

@@ -15,9 +15,13 @@ from bench.report.collect import Cell, Collection
 
 # Sentinels that the page replaces by its own colours, so that one drawing serves light and dark.
 INK, MUTED, LINE, PAPER = "#1b1f24", "#667080", "#d5dae1", "#ffffff"
-ROLES = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", PAPER: "var(--paper)"}
+# One hue per family, told apart by lightness too; the page has lighter ones for the dark.
 COLOURS = ("#2f6db5", "#cf5c36", "#2c8c69", "#9a4f96", "#b5851d", "#5b7386", "#bd3f54", "#6a62b7")
+ROLES = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", PAPER: "var(--paper)"} | {
+    colour: f"var(--c{i})" for i, colour in enumerate(COLOURS, 1)
+}
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
+WHISKER = 0.45  # opacity
 MOST = 40  # models in a forest, and lines in a profile stay readable below MOST_LINES
 MOST_LINES = 8
 
@@ -73,6 +77,8 @@ def render(
     paint: Callable[[Any], None],
 ) -> Drawing:
     """Paints on an axes of `size` (inches) and keeps the SVG without date, version or random ids."""
+    import warnings
+
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -104,7 +110,8 @@ def render(
         "axes.facecolor": "none",
         "axes.axisbelow": True,
     }
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the page's font may have it
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(style)
         figure = Figure(figsize=size, layout="constrained")
@@ -117,8 +124,10 @@ def render(
 
 
 def inline(svg: bytes, name: str, title: str) -> str:
-    """The drawing as an element for the page: no style attribute (the page's policy forbids them), no namespace, ids of its
+    """The drawing as an element for the page: no style attribute (its policy forbids them), no namespace, ids of its
     own, colours by role. Text stays text and is escaped again on writing."""
+    from bench.text import plain
+
     root = ElementTree.fromstring(svg)
     prefix = re.sub(r"[^a-z0-9]", "", name.lower())
     _rewrite(root, prefix)
@@ -126,7 +135,7 @@ def inline(svg: bytes, name: str, title: str) -> str:
     for key in ("width", "height"):
         root.attrib.pop(key, None)
     root.set("role", "img")
-    root.set("aria-label", title)
+    root.set("aria-label", plain(title))
     root.set("class", "figure")
     width = float(root.get("viewBox", "0 0 1 1").split()[2])
     if width < 1:
@@ -196,13 +205,15 @@ def _cells(found: Collection, suite: str, metric: str) -> dict[str, Cell]:
 
 
 def _axis(cell: Cell, found: Collection) -> str:
+    from bench.text import plain
+
     score = cell.score
     column = next(
         (c for c in found.board.column if (c.metric, c.suite, c.slice) == (score.metric, score.suite, "all")), None
     )
     label = column.title if column else score.metric
     unit = f" ({score.unit})" if score.unit and score.unit not in ("1", label) else ""
-    return label + unit + {"higher": "  ↑", "lower": "  ↓"}.get(score.better, "")
+    return plain(label + unit) + {"higher": "  ↑", "lower": "  ↓"}.get(score.better, "")
 
 
 def _span(cell: Cell) -> tuple[float, float]:
@@ -245,10 +256,7 @@ def _scatter(plot: Plot, found: Collection, order: Sequence[str]) -> tuple[list,
             colour, marker = colours[name]
             x, y = ([v[k].score.value for k in members] for v in (xs, ys))
             spans = [list(zip(*(_span(v[k]) for k in members), strict=True)) for v in (xs, ys)]
-            axes.errorbar(
-                x, y, xerr=spans[0], yerr=spans[1], color=colour, marker=marker, markersize=4.5, linewidth=1.4,
-                elinewidth=0.8, capsize=0, markeredgecolor=PAPER, markeredgewidth=0.6,
-            )  # fmt: skip
+            _points(axes, x, y, colour, marker, xerr=spans[0], yerr=spans[1])
             tags.append((x[-1], y[-1], name if len(members) > 1 else members[0], colour))
         values = [xs[k].score.value for k in labels]
         if min(values) > 0 and max(values) / min(values) > 8:
@@ -260,12 +268,14 @@ def _scatter(plot: Plot, found: Collection, order: Sequence[str]) -> tuple[list,
         axes.set_xlabel(_axis(xs[labels[0]], found))
         axes.set_ylabel(_axis(ys[labels[0]], found))
         axes.margins(x=0.06, y=0.08)
-        _tag(axes, tags)
+        _tag(axes, tags, rise=5.0)
 
     return rows, (6.4, 4.2), paint
 
 
 def _profile(plot: Plot, found: Collection, order: Sequence[str]) -> tuple[list, tuple[float, float], Callable]:
+    from bench.text import plain
+
     prefix = plot.metric + "."
     names = list(dict.fromkeys(s.metric for s in found.scores if s.suite == plot.suite and s.metric.startswith(prefix)))
     series = {name: _cells(found, plot.suite, name) for name in names}
@@ -292,17 +302,20 @@ def _profile(plot: Plot, found: Collection, order: Sequence[str]) -> tuple[list,
         for i, k in reversed(list(enumerate(labels))):
             colour, marker = colours[family(k)]
             points = [(j, series[n][k]) for j, n in enumerate(names) if k in series[n]]
-            x, y = [j for j, _ in points], [c.score.value for _, c in points]
             loud = i < MOST_LINES
-            axes.errorbar(
-                x, y, yerr=list(zip(*(_span(c) for _, c in points), strict=True)), color=colour if loud else LINE,
-                marker=marker, markersize=4 if loud else 0, linewidth=1.4 if loud else 0.8, elinewidth=0.8, capsize=0,
-                markeredgecolor=PAPER, markeredgewidth=0.6, alpha=1.0,
-            )  # fmt: skip
+            beside = (
+                (i - (min(len(labels), MOST_LINES) - 1) / 2) * 0.02 if loud else 0.0
+            )  # whiskers do not cover each other
+            x, y = [j + beside for j, _ in points], [c.score.value for _, c in points]
+            whiskers = list(zip(*(_span(c) for _, c in points), strict=True))
             if loud:
-                tags.append((x[-1], y[-1], k, colour))
+                _points(axes, x, y, colour, marker, yerr=whiskers)
+            else:
+                axes.plot(x, y, color=LINE, linewidth=0.8, zorder=1)
+            if loud:
+                tags.append((len(names) - 0.9, y[-1], k, colour))
         first = next(iter(series[names[0]].values()))
-        axes.set_xticks(range(len(names)), [n.removeprefix(prefix) for n in names])
+        axes.set_xticks(range(len(names)), [plain(n.removeprefix(prefix)) for n in names])
         axes.set_ylabel(_axis(first, found).replace(first.score.metric, plot.metric))
         axes.margins(x=0.04, y=0.08)
         _tag(axes, tags)
@@ -324,10 +337,7 @@ def _forest(plot: Plot, found: Collection, order: Sequence[str]) -> tuple[list, 
         for y, k in enumerate(shown):
             colour, marker = colours[family(k)]
             low, high = _span(cells[k])
-            axes.errorbar(
-                [cells[k].score.value], [y], xerr=[[low], [high]], color=colour, marker=marker, markersize=5,
-                elinewidth=1.6, capsize=0, markeredgecolor=PAPER, markeredgewidth=0.6,
-            )  # fmt: skip
+            _points(axes, [cells[k].score.value], [y], colour, marker, xerr=[[low], [high]], size=5.5, width=1.4)
         axes.set_yticks(range(len(shown)), shown)
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.spines["left"].set_visible(False)
@@ -340,20 +350,38 @@ def _forest(plot: Plot, found: Collection, order: Sequence[str]) -> tuple[list, 
 KINDS = {"scatter": _scatter, "profile": _profile, "forest": _forest}
 
 
-def _tag(axes: Any, tags: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names at the right of the last points, moved apart where they would meet."""
+def _points(
+    axes: Any,
+    x: Sequence[float],
+    y: Sequence[float],
+    colour: str,
+    marker: str,
+    xerr: Any = None,
+    yerr: Any = None,
+    size: float = 5.0,
+    width: float = 0.8,
+) -> None:
+    """Points of one family joined by a line, their intervals quiet behind them."""
+    axes.errorbar(x, y, xerr=xerr, yerr=yerr, fmt="none", ecolor=colour, elinewidth=width, alpha=WHISKER, zorder=2)
+    axes.plot(x, y, color=colour, marker=marker, markersize=size, linewidth=1.5, zorder=3,
+              markeredgecolor=PAPER, markeredgewidth=0.7)  # fmt: skip
+
+
+def _tag(axes: Any, tags: Sequence[tuple[float, float, str, str]], rise: float = 0.0) -> None:
+    """Names at the right of the last points, `rise` points above them, moved apart where they would meet."""
     if not tags:
         return
     axes.figure.draw_without_rendering()  # the scales are known from here on
-    gap, placed = 12.0, []
-    for x, y, text, colour in sorted(tags, key=lambda t: axes.transData.transform((t[0], t[1]))[1]):
-        px, py = axes.transData.transform((x, y))
-        for other_x, other_y, width in placed:
-            if px < other_x + width and other_x < px + 6.0 * len(text) and abs(py - other_y) < gap:
-                py = max(py, other_y + gap)
-        placed.append((px, py, 6.0 * len(text) + 8))
-        offset = (py - axes.transData.transform((x, y))[1]) * 72 / axes.figure.dpi
+    pixel = axes.figure.dpi / 72
+    gap, placed = 10.5 * pixel, []
+    for x, y, text, colour in sorted(tags, key=lambda t: tuple(axes.transData.transform(t[:2])[::-1])):
+        px, start = axes.transData.transform((x, y))
+        py, width = start, (5.0 * len(text) + 6) * pixel
+        for other_x, other_y, other_width in sorted(placed, key=lambda p: p[1]):
+            if px < other_x + other_width and other_x < px + width and abs(py - other_y) < gap:
+                py = other_y + gap
+        placed.append((px, py, width))
         axes.annotate(
-            text, (x, y), xytext=(7, offset), textcoords="offset points", color=colour, va="center", annotation_clip=False,
-            fontsize=8.5,
+            text, (x, y), xytext=(7, (py - start) / pixel + rise), textcoords="offset points", color=colour,
+            va="center", annotation_clip=False, fontsize=8.5, zorder=4,
         )  # fmt: skip

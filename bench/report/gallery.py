@@ -16,7 +16,8 @@ MODELS = 6  # at most, the best first
 SIDE = 176  # px, longer side of a thumbnail
 GAIN = 5  # of the difference, said on the page
 BLUR = 9  # px, longer side of what a blurred picture is made from: nothing can be read from it
-ORIGINALS = ("image", "original", "input", "reference", "source")
+ORIGINALS = ("image", "original", "input", "reference")
+OUTPUTS = ("recon", "output")
 
 
 def tiles(found: Collection, runs: Sequence[str], items: int, kept: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def _media(records: Mapping[str, Record]) -> dict[str, dict[str, str]]:
 def _tile(store: Any, media: Mapping[str, str], sensitive: bool) -> dict[str, str]:
     """Thumbnails of one item: the original where there is one, the output, and |difference| times GAIN."""
     original = next((n for n in ORIGINALS if n in media), None)
-    outputs = sorted(n for n in media if n != original)
+    outputs = sorted((n for n in media if n not in ORIGINALS), key=lambda n: (n not in OUTPUTS, n))
     tile = {}
     pictures = {n: _open(store.get(a), a) for n, a in media.items() if n == original or n in outputs[:1]}
     if original:

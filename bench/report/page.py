@@ -19,7 +19,6 @@ from bench.report.collect import (
     Cell,
     Collection,
     Facts,
-    Row,
     collect,
     dump_pairs,
     dump_runs,
@@ -30,6 +29,8 @@ from bench.types import Error, Score
 
 STRIP = 72  # px, width of the little interval in a cell
 STRIPS = 200  # rows; longer tables go without them
+MOST_TRACE = 8000  # characters of a trace or command
+LONGEST = 4000  # characters of one text on the page
 INLINE_CSV = 1 << 19  # bytes; larger files are named, not linked
 
 
@@ -55,7 +56,7 @@ class Summary:
 def render(board: str | Path | Board, store: Any = None, out: Path | None = None) -> Summary:
     """Writes index.html, scores.csv, pairs.csv, runs.json, SHA256SUMS, tables/ and figures/ into `out`.
 
-    `board` is a board file; `store` a Store or None (a clone without one); `out` is `reports/<board name>` unless given.
+    `board` is a board file; `store` a Store, or None in a clone; `out` is `reports/<board name>` unless given.
     Raises Error where the board or a source cannot be read, and where nothing at all is selected.
     """
     board = board if isinstance(board, Board) else read_board(Path(board))
@@ -242,7 +243,7 @@ def _html(
         loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         finalize=_finalize(plain),
     )  # fmt: skip
-    # All that reaches the page unescaped: our own style, our own script, and drawings whose text was escaped on writing.
+    # All that reaches the page unescaped: our own style and script, and drawings whose text was escaped on writing.
     trusted = {"style": Markup(style), "script": Markup(script), "svg": {d.name: Markup(d.inline) for d in drawings}}
     return environment.get_template("page.html.jinja").render(
         **trusted,
@@ -261,16 +262,19 @@ def _html(
         failures=[(f, entry) for f in _all_facts(found) for entry in f.failures],
         protocol=_protocol(found),
         scores_url=_data_url(scores_csv),
-        lines=lambda text: [plain(line) for line in mask(str(text)).splitlines()],
+        lines=lambda text: mask(str(text)[:MOST_TRACE]).splitlines(),
         gain=gallery.GAIN,
     )
 
 
 def _finalize(plain: Any) -> Any:
-    """Every string that the template prints loses its control characters; markup of our own passes."""
+    """Strings that the template prints lose control characters and excess length; markup of our own passes."""
 
     def show(value: Any) -> Any:
-        return plain(value) if type(value) is str else value
+        if type(value) is not str:
+            return value
+        whole = len(value) <= LONGEST or value.startswith("data:")
+        return plain(value if whole else value[:LONGEST] + "…")
 
     return show
 
@@ -369,7 +373,7 @@ def _rows(
             "label": row.label,
             "rank": rank_text(place),
             "order": place[0] + place[1] / 1e6 if place else "",
-            "colour": palette[figures.family(row.label)][0],
+            "colour": figures.ROLES[palette[figures.family(row.label)][0]],
             "cells": [
                 _view(cell, digits[i], (r, i) in bold, spans[i]) if cell else None for i, cell in enumerate(row.cells)
             ],
@@ -470,6 +474,11 @@ def _published(cited: Sequence[Score]) -> list[dict[str, Any]]:
         for s in scores:
             rows.setdefault((s.model, s.source), {})[s.metric] = s
         example = {s.metric: s for s in scores}
+        digits = {
+            (source, m): _decimals([s for s in scores if s.source == source and s.metric == m])
+            for source in sources
+            for m in metrics
+        }
         blocks.append(
             {
                 "slice": slice_,
@@ -479,8 +488,9 @@ def _published(cited: Sequence[Score]) -> list[dict[str, Any]]:
                 "rows": [
                     {
                         "label": model,
+                        "note": next(iter(values.values())).note,
                         "source": sources.index(source) + 1,
-                        "cells": [_cited(values.get(m)) for m in metrics],
+                        "cells": [_cited(values.get(m), digits[source, m]) for m in metrics],
                     }
                     for (model, source), values in rows.items()
                 ],
@@ -498,11 +508,15 @@ def _published(cited: Sequence[Score]) -> list[dict[str, Any]]:
     return blocks
 
 
-def _cited(score: Score | None) -> dict[str, str]:
-    """A published number as it was printed: no digit is added or taken."""
+def _cited(score: Score | None, digits: int) -> dict[str, str]:
     if score is None or score.value is None:
-        return {"value": "", "sort": "", "note": ""}
-    return {"value": f"{score.value:.10g}".replace("-", "−"), "sort": repr(score.value), "note": score.note}
+        return {"value": "", "sort": ""}
+    return {"value": number(score.value, digits), "sort": repr(score.value)}
+
+
+def _decimals(scores: Sequence[Score]) -> int:
+    """Digits after the point as a source printed them: those of its longest number, as 1.00 is read as 1.0."""
+    return max((len(f"{s.value:.10f}".rstrip("0").partition(".")[2]) for s in scores if s.value is not None), default=0)
 
 
 def _gallery(found: Collection, tiles: Mapping[str, Any]) -> dict[str, Any]:
