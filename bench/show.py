@@ -182,16 +182,7 @@ def _adapters(_: Store) -> list[dict[str, str]]:
 def _manifests(_: Store) -> list[dict[str, str]]:
     from bench import manifest
 
-    rows = []
-    for name in manifest.names():
-        try:
-            header = manifest.read_header(manifest.find(name))
-        except Error as e:
-            rows.append(_row("manifests", name, str(e)))
-            continue
-        state = "locked" if header["locked"] else "not fetched"
-        rows.append(_row("manifests", name, state=state, license=header["license"].replace("\n", " ")[:70]))
-    return rows
+    return [_row("manifests", name, **facts) for name, facts in manifest.names()]
 
 
 def _runs(store: Store) -> list[dict[str, str]]:
@@ -207,7 +198,7 @@ _HEADS = {
     "suites": ("needs", "runs on"),
     "recipes": ("starts from", "about"),
     "adapters": ("can", "takes"),
-    "manifests": ("state", "license"),
+    "manifests": ("items", "state", "license"),
     "runs": ("state", "units", "items"),
 }
 
