@@ -406,7 +406,8 @@ class Frechet:
     def signature(self, table):
         nets = sorted({str(v) for v in table.column(f"{self.name}-net") if v is not None})
         resize = self.extractor.partition("-")[2] or "none"
-        return f"{self.name}|n:{len(table)}|net:{'+'.join(nets) or 'none'}|resize:{resize}|ref:self|v:{self.version}"
+        parts = f"n:{len(table)}|net:{'+'.join(nets) or 'none'}|resize:{resize}|{self.quantise}|ref:self"
+        return f"{self.name}|{parts}|v:{self.version}"
 
     def _withheld(self, table, reason):
         estimate = Estimate(None, n=len(table), note=self._note(table, reason))
@@ -414,3 +415,43 @@ class Frechet:
 
     def _note(self, table, reason):
         return reason if len(table) == table.expected else ""  # a note would say that nothing is missing
+
+
+@dataclass(frozen=True)
+class PairwiseFeatureDistance:
+    """Mean |phi(x) - phi(y)|^2 of pictures and their reconstructions: per picture, with an interval and no bias in n.
+
+    FlowMo reports it beside rFID as PAIRWISE_INCEPTION.
+    """
+
+    extractor: str = "embedded"
+    real: str = "image"
+    fake: str = "recon"
+    quantise: str = "round"
+    value_range: tuple[float, float] = (-1.0, 1.0)
+
+    version = 1
+    unit = ""
+    better = "lower"
+
+    @property
+    def name(self) -> str:
+        return f"pairwise-{self.extractor}"
+
+    def measure(self, media, ctx):
+        from bench.metrics.extractors import features, opened
+
+        real = features(self.extractor, media[self.real], ctx, self.quantise, self.value_range)
+        fake = features(self.extractor, media[self.fake], ctx, self.quantise, self.value_range)
+        squares = np.square(real.astype(np.float64) - fake).sum(1)
+        return {self.name: squares.tolist(), f"{self.name}-net": [opened(self.extractor, ctx).fingerprint] * len(real)}
+
+    def reduce(self, table):
+        from bench.metrics.pixel import mean_of_rows
+
+        return mean_of_rows(table, self.name)
+
+    def signature(self, table):
+        nets = sorted({str(v) for v in table.column(f"{self.name}-net") if v is not None})
+        resize = self.extractor.partition("-")[2] or "none"
+        return f"{self.name}|net:{'+'.join(nets) or 'none'}|resize:{resize}|{self.quantise}|v:{self.version}"

@@ -346,7 +346,7 @@ def test_metric_gives_plug_in_and_corrected():
     assert found[""].low is None and found[""].value > found["corrected"].value
     assert found["corrected"].low < truth < found["corrected"].high
     assert found["corrected"].low < found["corrected"].value < found["corrected"].high
-    assert Frechet().signature(table(fake, real)) == "frechet-embedded|n:400|net:net@1|resize:none|ref:self|v:1"
+    assert Frechet().signature(table(fake, real)) == "frechet-embedded|n:400|net:net@1|resize:none|round|ref:self|v:1"
     assert Frechet("inception-tf1").name == "fid"
     part = table(fake, real).where("item", "3")
     assert Frechet().reduce(part)[""].value is None
