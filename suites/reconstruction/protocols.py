@@ -80,7 +80,6 @@ PRESETS: dict[str, Protocol] = {
             source="canonical, with the Fréchet distance on the feature network that comes with the harness",
             departs="the Fréchet distance is not FID and is comparable with itself alone",
             resize="none",
-            ms_ssim=True,
             frechet="embedded",
             frechet_resize="none",
         ),

@@ -69,6 +69,13 @@ def masked_psnr(x: np.ndarray, y: np.ndarray, masks: dict[str, np.ndarray]) -> d
     return {name: float(10 * np.log10(255**2 / mse)) if mse else None for name, mse in found.items()}
 
 
+def masked_ssim(values: np.ndarray, offset: int, masks: dict[str, np.ndarray]) -> dict[str, float | None]:
+    """Mean per region of an SSIM map [3, h, w] whose corner lies `offset` px inside; None where it is too small."""
+    height, width = values.shape[1:]
+    inside = np.s_[offset : offset + height, offset : offset + width]
+    return {name: masked_mean(values.mean(axis=0), mask[inside]) for name, mask in masks.items()}
+
+
 def _box7(padded: np.ndarray) -> np.ndarray:
     """Sums over 7 x 7 windows of an int32 array: [H + 6, W + 6] -> [H, W]."""
     height, width = padded.shape[0] - 6, padded.shape[1] - 6

@@ -53,7 +53,11 @@ class Reconstruction(Suite):
             width = 2 if pair["quantise"] == "none" else 255  # of the media
             similar = [metrics.SSIM(flavour=p.ssim, data_range=p.ssim_range * width / (white - black), **pair)]
             similar += [metrics.MSSSIM(**pair)] if p.ms_ssim else []
-            found += [FromBlack(metric) for metric in similar] if width == 2 and black == 0 else similar
+            if width == 2 and black == 0:
+                similar = [FromBlack(metric) for metric in similar]
+            elif p.ssim_pixels == protocols.SAME:
+                similar[0] = RegionSSIM(similar[0])
+            found += similar
         found += [metrics.LPIPS(net=net, **self._media(p.lpips_pixels)) for net in p.lpips]
         if p.frechet:
             extractor = p.frechet if p.frechet == "embedded" else f"{p.frechet}-{p.frechet_resize}"
@@ -157,13 +161,17 @@ def _arrays(media: Mapping[str, Any]) -> zip:
 
 @dataclass(frozen=True)
 class FromBlack:
-    """A metric of float pictures that sees black at 0 and white at 2: SSIM there is not what it is in [-1, 1]."""
+    """SSIM of float pictures with black at 0 and white at 2, which is not what it is in [-1, 1]."""
 
-    metric: Any  # with the fields `real` and `fake`
+    metric: Any  # bench.metrics.SSIM or MSSSIM
 
-    def __post_init__(self):
-        for fact in ("name", "version", "unit", "better"):
-            object.__setattr__(self, fact, getattr(self.metric, fact))
+    version = 1
+    unit = ""
+    better = "higher"
+
+    @property
+    def name(self) -> str:
+        return self.metric.name
 
     def measure(self, media, ctx):
         return self.metric.measure({name: media[name] + 1 for name in (self.metric.real, self.metric.fake)}, ctx)
@@ -236,19 +244,56 @@ class RegionPSNR:
         return {f"{self.name}.{region}": [one[region] for one in found] for region in regions.REGIONS}
 
     def reduce(self, table):
-        return {region: self._mean(table, f"{self.name}.{region}") for region in regions.REGIONS}
-
-    def _mean(self, table: Table, column: str) -> Estimate:
-        from bench import stats
-
-        found = stats.mean(table.values(column), clusters=table.clusters(), seed=table.seed)
-        without = len(table) - found.n
-        if not without or len(table) < table.expected:  # a note would say that nothing is missing
-            return replace(found, note="")
-        return replace(found, note=f"{without} without such an area of {regions.MIN_PIXELS} px, or without error in it")
+        return {region: _region_mean(table, f"{self.name}.{region}") for region in regions.REGIONS}
 
     def signature(self, table):
         return f"region-psnr|range:255|round|min:{regions.MIN_PIXELS}px|v:{self.version}"
+
+
+@dataclass(frozen=True)
+class RegionSSIM:
+    """SSIM of 8-bit pictures, and the mean of the same map at edges and in flat, dark and bright areas."""
+
+    metric: Any  # bench.metrics.SSIM
+
+    version = 1
+    unit = ""
+    better = "higher"
+
+    @property
+    def name(self) -> str:
+        return self.metric.name
+
+    def measure(self, media, ctx):
+        from bench.metrics.ssim import ssim_map
+
+        pair = media[self.metric.real], media[self.metric.fake]
+        maps, offset = ssim_map(*pair, self.metric.flavour, self.metric.data_range)
+        found = []
+        for x, values in zip(pair[0].cpu().numpy(), maps.cpu().numpy(), strict=True):
+            found.append({"": values.mean(), **regions.masked_ssim(values, offset, regions.masks(x))})
+        return {_suffixed(self.name, region): [one[region] for one in found] for region in ("", *regions.REGIONS)}
+
+    def reduce(self, table):
+        found = {region: _region_mean(table, _suffixed(self.name, region)) for region in regions.REGIONS}
+        return {"": self.metric.reduce(table), **found}
+
+    def signature(self, table):
+        return self.metric.signature(table)
+
+
+def _suffixed(name: str, suffix: str) -> str:
+    return f"{name}.{suffix}" if suffix else name
+
+
+def _region_mean(table: Table, column: str) -> Estimate:
+    from bench import stats
+
+    found = stats.mean(table.values(column), clusters=table.clusters(), seed=table.seed)
+    without = len(table) - found.n
+    if not without or len(table) < table.expected:  # a note would say that nothing is missing
+        return replace(found, note="")
+    return replace(found, note=f"{without} without such an area of {regions.MIN_PIXELS} px, or without error in it")
 
 
 def _decibels(ratio: np.ndarray) -> np.ndarray:

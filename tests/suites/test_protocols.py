@@ -124,6 +124,11 @@ def dito():
 PEERS = {f.__name__: f for f in (canonical, dcae, vavae, llamagen, seedvoken, bsq, dito)}
 
 
+def main(found):
+    """The estimate of a metric itself, where it has others beside it."""
+    return found[""] if isinstance(found, dict) else found
+
+
 @pytest.mark.parametrize("name", PEERS)
 def test_preset_gives_the_number_of_its_peer(name):
     """Tolerances: 1e-4 dB and 2e-5, as peers compute in float32 where we sum exactly."""
@@ -131,7 +136,7 @@ def test_preset_gives_the_number_of_its_peer(name):
     local = [metric for metric in suite.metrics if metric.name == "psnr" or metric.name.startswith("ssim")]
     table, _ = measure(suite, Blur(), FakeData({"a": (original(), {})}), metrics=local)
     expected = PEERS[name]()
-    found = {metric.name.partition("_")[0]: metric.reduce(table) for metric in local}
+    found = {metric.name.partition("_")[0]: main(metric.reduce(table)) for metric in local}
     assert found.keys() == expected.keys()
     assert found["psnr"].value == pytest.approx(expected["psnr"], abs=1e-4)
     if "ssim" in expected:
@@ -146,7 +151,7 @@ def test_the_presets_do_differ_on_this_pair():
 
 
 HASHES = {
-    "embedded": "15854a2467d6",
+    "embedded": "b9b9d76b21cb",
     "canonical": "c187b14637c2",
     "dcae": "848587ce1f5d",
     "vavae": "16836bcce58f",

@@ -126,6 +126,30 @@ def test_regions_reduce_to_means_and_say_what_they_left_out():
     assert found["edge"].value < found["flat"].value  # JPEG rings at edges
 
 
+def test_ssim_of_regions_is_the_mean_of_the_map_of_scikit_image():
+    from skimage.metrics import structural_similarity
+
+    from suites.reconstruction import regions
+
+    suite = Reconstruction(size=SIZE)
+    (metric,) = (metric for metric in suite.metrics if metric.name == "ssim")
+    table, kept = measure(suite, Jpeg(20), pictures(), metrics=(metric,))
+    gauss = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, channel_axis=0, full=True)
+    for row in table.rows:
+        x, y = (kept[row["item"]][name].numpy() for name in ("image", "recon"))
+        whole, full = structural_similarity(x, y, **gauss)
+        assert row["ssim"] == pytest.approx(whole, abs=1e-9)
+        inner = full.mean(axis=0)[5:-5, 5:-5]
+        for name, mask in regions.masks(x).items():
+            mask = mask[5:-5, 5:-5]
+            expected = inner[mask].mean() if mask.sum() >= regions.MIN_PIXELS else None
+            assert row[f"ssim.{name}"] == (expected if expected is None else pytest.approx(expected, abs=1e-9))
+    found = metric.reduce(table)
+    assert list(found) == ["", *regions.REGIONS]
+    assert found[""].value == pytest.approx(np.mean(table.column("ssim")))
+    assert found["edge"].value == pytest.approx(np.nanmean(table.values("ssim.edge")))
+
+
 def test_a_perfect_copy_is_null_and_complete():
     suite = Reconstruction(size=SIZE)
     table, _ = measure(suite, Keep(), pictures(), metrics=OWN)
