@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import pickle
 import shutil
 import signal
 import sys
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from bench import door
 from bench.capabilities import has
 from bench.identity import canonical, digest, seed_for
+from bench.provenance import collect
 from bench.recipe import Recipe, TrainContext
 from bench.types import Error
 
@@ -59,7 +61,13 @@ class Run(TrainContext):
                 print(f"note: {path} is damaged ({e}); trying the state before it", file=sys.stderr)
                 continue
             for name, part in parts.items():
-                part.load_state_dict(content["parts"][name])
+                try:
+                    part.load_state_dict(content["parts"][name])
+                except (KeyError, RuntimeError, ValueError) as e:
+                    raise Error(
+                        f"{path}: {name} does not fit the recipe any more: {e}",
+                        hint=f"the recipe's code has changed; remove {self.folder} to begin again from step 0",
+                    ) from None
             names = content["names"]
             self.losses = [dict(zip(names, row, strict=True)) for row in content["losses"].tolist()]
             self.newest = path
@@ -137,6 +145,8 @@ def train(
     spec and seed a finished `out` is returned at once. `progress(steps done, losses)` is called after each step.
     Raises Error for a folder made by something else, a loss that is not finite, and states that are damaged or foreign.
     """
+    import torch
+
     missing = [c.__name__ for c in recipe.starts_from if not has(model, c)]
     if missing:
         raise Error(f"recipe {recipe.name} starts from a model with {', '.join(missing)}", hint="name one with --model")
@@ -160,7 +170,9 @@ def train(
             "seed": seed,
             "identity": identity,
             "steps": len(run.losses),
-            "machine": _machine(run.device),
+            "device": str(run.device),
+            "threads": torch.get_num_threads(),
+            "made": collect(),
         }
         facts["figures"] = {
             name: value if math.isfinite(value) else None for name, value in recipe.checks(trained, run)
@@ -183,6 +195,8 @@ def _steps(run: Run, model: Any, progress: Callable | None, save_every: float) -
             losses = {name: float(value) for name, value in losses.items()}
             run.losses.append(losses)
             done = len(run.losses)
+            if losses.keys() != run.losses[0].keys():
+                raise Error(f"step {done - 1}: the losses are {', '.join(losses)}, before {', '.join(run.losses[0])}")
             bad = [name for name, value in losses.items() if not math.isfinite(value)]
             if bad:
                 door.replace(run.folder / "loss.csv", loss_table(run.losses))
@@ -217,7 +231,10 @@ def read_state(path: Path, recipe: Recipe, identity: str) -> dict[str, Any]:
                 f"{path} was saved by a run with another {'specification' if name == 'identity' else name}",
                 hint=f"give another --out, or remove {path.parent}",
             )
-    content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise Damaged("it holds more than tensors and numbers") from None
     wrong = not_finite(content)
     if wrong:
         raise Damaged(f"{wrong} is not finite")
@@ -299,7 +316,7 @@ def _signals_wait() -> Iterator[list[int]]:
         arrived.append(number)
         signal.signal(number, before[number])
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: h for n in (signal.SIGINT, signal.SIGTERM) if (h := signal.getsignal(n)) is not None}
     for number in before:
         signal.signal(number, note)
     try:
@@ -313,13 +330,3 @@ def _leave(number: int) -> None:
     """Lets a signal that was held back do what it does; KeyboardInterrupt if it lets the process live."""
     signal.raise_signal(number)
     raise KeyboardInterrupt
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    import platform
-
-    import numpy
-    import torch
-
-    facts = {"platform": platform.platform(), "python": platform.python_version(), "device": str(device)}
-    return facts | {"numpy": numpy.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
