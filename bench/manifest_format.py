@@ -88,7 +88,7 @@ def check_fields(where: str, table: Mapping[str, Any], fields: Mapping[str, tupl
             raise Error(f"{where}: unknown field {key!r}{suggest(key, fields)}", hint=f"fields: {', '.join(fields)}")
         kind = fields[key][0]
         if type(value) is not kind:
-            raise Error(f"{where}: {key} must be {_type(kind)}, got {_type(type(value))} {str(value)[:60]!r}")
+            raise Error(f"{where}: {key} must be {_type(kind)}, got {_type(type(value))} {_brief(value)}")
     for key, (kind, required) in fields.items():
         if required and key not in table:
             raise Error(f"{where}: {key} is missing", hint=f"add {key} = {_type(kind)}")
@@ -113,7 +113,7 @@ def read_header(path: Path) -> dict[str, Any]:
         check_fields(f"{where}: crops", header["crops"], CROPS)
         for key, value in header["crops"].items():
             if not 1 <= value <= 65536:
-                raise Error(f"{where}: crops.{key} is {value}; it must lie between 1 and 65536")
+                raise Error(f"{where}: crops.{key} is {_brief(value)}; it must lie between 1 and 65536")
     for i, part in enumerate(header.get("fetch", ())):
         at = f"{where}: fetch[{i}]"
         if not isinstance(part, dict):
@@ -202,6 +202,13 @@ def read_text(path: Path) -> str:
 def suggest(name: str, known: Any) -> str:
     close = difflib.get_close_matches(name, list(known), n=1) if len(name) < 200 else []
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _brief(value: Any) -> str:
+    """A value in a message; Python refuses to print whole numbers of more than 4,300 digits."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return "too large to print"
+    return repr(value)[:60] if isinstance(value, str | int | float | bool) else ""
 
 
 def _type(kind: type) -> str:
