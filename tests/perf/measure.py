@@ -1,0 +1,86 @@
+"""Measuring side by side: calls take turns, the median of each counts, CPU seconds because machines are shared."""
+
+import csv
+import io
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bench import door, provenance
+
+OUT = Path(__file__).parents[2] / "reports" / "perf"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: ours against a peer's, in `unit`; `ratio` is peer / ours, so that more is better."""
+
+    what: str
+    peer: str
+    ours: float
+    peers: float | None  # None: the peer failed here
+    unit: str
+    goal: str = ""
+    note: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        return None if self.peers is None else self.peers / self.ours
+
+
+def side_by_side(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median CPU seconds of each call (all threads of this process), after one call each to warm up."""
+    for call in calls.values():
+        call()
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            begin = time.process_time()
+            call()
+            spent[name].append(time.process_time() - begin)
+    return {name: statistics.median(values) for name, values in spent.items()}
+
+
+def wall(call: Callable[[], object], repeats: int) -> float:
+    """Median wall seconds, after one call to warm up."""
+    call()
+    spent = []
+    for _ in range(repeats):
+        begin = time.monotonic()
+        call()
+        spent.append(time.monotonic() - begin)
+    return statistics.median(spent)
+
+
+def write(name: str, title: str, rows: list[Row]) -> None:
+    """reports/perf/<name>.md and .csv, and the table on stdout."""
+    made = provenance.machine()
+    versions = {k: v for k, v in provenance.packages().items() if v}
+    lines = [
+        f"# {title}",
+        "",
+        "| what | peer | ours | peer's | unit | peer / ours | goal | note |",
+        "| --- | --- | ---: | ---: | --- | ---: | --- | --- |",
+    ]
+    for row in rows:
+        peers, ratio = (f"{row.peers:.4g}", f"{row.ratio:.3g}") if row.peers is not None else ("failed", "")
+        cells = [row.what, row.peer, f"{row.ours:.4g}", peers, row.unit, ratio, row.goal, row.note]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"{made['cpu']}, {made['cores']} cores, Python {platform.python_version()}; "
+        + ", ".join(f"{k} {v}" for k, v in versions.items()),
+        "",
+    ]
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, [*Row.__dataclass_fields__, "ratio"], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({**asdict(row), "ratio": row.ratio})
+    door.make_folder(OUT)
+    door.replace(OUT / f"{name}.md", "\n".join(lines).encode())
+    door.replace(OUT / f"{name}.csv", table.getvalue().encode())
+    print("\n".join(lines), flush=True)
