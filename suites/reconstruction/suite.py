@@ -58,10 +58,12 @@ class Reconstruction(Suite):
             elif p.ssim_pixels == protocols.SAME:
                 similar[0] = RegionSSIM(similar[0])
             found += similar
-        found += [metrics.LPIPS(net=net, **self._media(p.lpips_pixels)) for net in p.lpips]
+        fed = {"input_range": p.lpips_scale, **self._media(p.lpips_pixels)}
+        found += [metrics.LPIPS(net=net, **fed) for net in p.lpips]
         if p.frechet:
             extractor = p.frechet if p.frechet == "embedded" else f"{p.frechet}-{p.frechet_resize}"
-            found.append(metrics.Frechet(extractor=extractor, **self._media(p.frechet_pixels)))
+            pair = self._media(p.frechet_pixels)
+            found += [kind(extractor=extractor, **pair) for kind in (metrics.Frechet, metrics.PairwiseFeatureDistance)]
         if p.psnr and p.psnr_pixels == protocols.SAME:
             found += [Bands(), Sharpness(), RegionPSNR()]
         return tuple(found)

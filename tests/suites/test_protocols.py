@@ -1,10 +1,12 @@
 """Each preset gives the number that its peer's own library calls give on one pair of pictures."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 from fake_context import FakeData, measure
+from test_bands_regions import SHARED, golden_pair
 
 from suites.reconstruction import protocols
 from suites.reconstruction.suite import Reconstruction
@@ -148,6 +150,58 @@ def test_the_presets_do_differ_on_this_pair():
     values = [f() for f in PEERS.values()]
     assert len({round(v["psnr"], 3) for v in values}) == 4  # canonical, seedvoken, bsq, dito
     assert len({round(v["ssim"], 3) for v in values if "ssim" in v}) == 6
+
+
+@pytest.mark.parametrize("name", protocols.PRESETS)
+def test_metrics_read_media_that_the_suite_yields(name):
+    """By name, and 8-bit where the metric says that they are quantised."""
+    import torch
+
+    suite = Reconstruction(size=SIZE, protocol=name)
+    _, kept = measure(suite, Blur(), FakeData({"a": (original(), {})}), metrics=())
+    read = set()
+    for metric in (getattr(metric, "metric", metric) for metric in suite.metrics):
+        if hasattr(metric, "quantise"):
+            for side in (metric.real, metric.fake):
+                assert (kept["a"][side].dtype == torch.uint8) == (metric.quantise != "none")
+                read.add(side)
+    assert read == set(kept["a"]) and {"image", "recon"} <= read
+
+
+def test_presets_report_what_their_peers_do():
+    def names(protocol):
+        return {metric.name for metric in Reconstruction(protocol=protocol).metrics}
+
+    assert names("titok") == {"bits-per-pixel", "fid", "pairwise-inception-tf1"}
+    assert {"psnr", "ssim", "ms-ssim", "lpips-alex", "fid"} <= names("bsq")
+    assert {"lpips-alex", "lpips-vgg", "ssim_uniform7"} <= names("seedvoken")
+    assert "fid" not in names("embedded") and "frechet-embedded" in names("embedded")
+
+
+@pytest.mark.parametrize("degradation", ["box3", "noise20"])
+def test_ssim_of_the_golden_pair_spans_what_the_sheet_says(degradation):
+    """Tolerance 1e-6: the golden values are of float64."""
+    x, y, _ = golden_pair(degradation)
+    golden = json.loads((SHARED / "golden/metrics.json").read_text())[f"crop256/{degradation}"]
+
+    class Degraded(Blur):
+        def decode(self, latents, seeds=None):
+            import torch
+
+            return torch.from_numpy(np.ascontiguousarray(y))[None].float() / 127.5 - 1
+
+    data = FakeData({"a": (np.ascontiguousarray(x.transpose(1, 2, 0)), {})})
+    for protocol, key in {
+        "canonical": "ssim_own_gauss11_valid",
+        "dcae": "ssim_torchmetrics_f64",
+        "llamagen": "ssim_llamagen_range2",
+    }.items():
+        suite = Reconstruction(protocol=protocol)
+        local = [metric for metric in suite.metrics if metric.name == "psnr" or metric.name.startswith("ssim")]
+        table, _ = measure(suite, Degraded(), data, metrics=local)
+        psnr, ssim = (main(metric.reduce(table)).value for metric in local)
+        assert psnr == pytest.approx(golden["psnr_own"], abs=1e-9)
+        assert ssim == pytest.approx(golden[key], abs=1e-6)
 
 
 HASHES = {
