@@ -141,8 +141,8 @@ def _too_long(url: str, limit: int) -> Error:
 
 
 def _shown(url: str) -> str:
-    """Without query: redirects carry keys there."""
-    return url.partition("?")[0]
+    """Without query and user name: keys are carried there."""
+    return re.sub(r"//[^/]*@", "//", url.partition("?")[0])
 
 
 def _request(url: str, offset: int, loopback: bool) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
@@ -209,7 +209,7 @@ def unpack(archive: Path, folder: Path, max_files: int, max_bytes: int) -> int:
         nonlocal count
         seen: set[str] = set()
         room = max_bytes
-        for name, size, stream in _members(archive):
+        for name, size, stream in _members(archive, max_bytes):
             _check_member(archive, name, seen)
             count += 1
             if count > max_files:
@@ -246,7 +246,7 @@ def unpack(archive: Path, folder: Path, max_files: int, max_bytes: int) -> int:
     return count
 
 
-def _members(archive: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
+def _members(archive: Path, max_bytes: int) -> Iterator[tuple[str, int, IO[bytes]]]:
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as pack:
             for entry in pack.infolist():
@@ -265,6 +265,11 @@ def _members(archive: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
                 if stream is None:
                     raise _odd(archive, entry.name)
                 yield entry.name.removeprefix("./"), entry.size, stream
+            rest = 0
+            while data := pack.fileobj.read(2**20):  # only at its end does a compressed stream show its checksum
+                rest += len(data)
+                if rest > max_bytes:
+                    raise _bomb(archive, max_bytes)
 
 
 def _check_member(archive: Path, name: str, seen: set[str]) -> None:
