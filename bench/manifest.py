@@ -303,7 +303,7 @@ def _weights_state(name: str) -> dict[str, str]:
     there = (data_folder() / "weights" / header["file"]).is_file()
     there = there or any(_package_file(p).is_file() for p in header.get("packaged", []))
     state = "not locked" if not header["locked"] else "ready" if there else "not fetched"
-    return {"items": "1", "state": state, "license": textwrap.shorten(header["license"], 60, placeholder="...")}
+    return {"items": "1", "state": state, "license": _short(header["license"])}
 
 
 def _accept(parts: Sequence[Mapping[str, Any]], folder: Path) -> None:
@@ -345,10 +345,15 @@ def _known(folder: str) -> list[str]:
 
 def _data_state(name: str) -> dict[str, str]:
     manifest = load(name)
-    there = all(e.item.path is None or e.item.path.is_file() for e in list(manifest._entries.values())[:1])
+    first = next(iter(manifest._entries.values()), None)
+    there = first is None or first.item.path is None or first.item.path.is_file()
     state = "not locked" if not manifest.locked else "ready" if there else "not fetched"
     items = f"{len(manifest):,}" if manifest.locked else ""
-    return {"items": items, "state": state, "license": textwrap.shorten(manifest.license, 60, placeholder="...")}
+    return {"items": items, "state": state, "license": _short(manifest.license)}
+
+
+def _short(text: str) -> str:
+    return textwrap.shorten(text, 60, placeholder="...")
 
 
 def folders() -> list[Path]:
