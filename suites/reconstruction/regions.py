@@ -53,7 +53,7 @@ def masks(image: np.ndarray) -> dict[str, np.ndarray]:
 def masked_mean(values: np.ndarray, mask: np.ndarray) -> float | None:
     """The mean of [H, W] where the mask holds; None where it holds for fewer than `MIN_PIXELS` pixels."""
     count = np.count_nonzero(mask)
-    return float(np.sum(values, where=mask, dtype=np.float64) / count) if count >= MIN_PIXELS else None
+    return float(np.vdot(values, mask) / count) if count >= MIN_PIXELS else None
 
 
 def squared_error(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -73,14 +73,16 @@ def masked_ssim(values: np.ndarray, offset: int, masks: dict[str, np.ndarray]) -
     """Mean per region of an SSIM map [3, h, w] whose corner lies `offset` px inside; None where it is too small."""
     height, width = values.shape[1:]
     inside = np.s_[offset : offset + height, offset : offset + width]
-    return {name: masked_mean(values.mean(axis=0), mask[inside]) for name, mask in masks.items()}
+    values = values.mean(axis=0)
+    return {name: masked_mean(values, mask[inside]) for name, mask in masks.items()}
 
 
 def _box7(padded: np.ndarray) -> np.ndarray:
     """Sums over 7 x 7 windows of an int32 array: [H + 6, W + 6] -> [H, W]."""
-    height, width = padded.shape[0] - 6, padded.shape[1] - 6
-    rows = sum(padded[i : i + height] for i in range(1, 7)) + padded[:height]
-    return sum(rows[:, i : i + width] for i in range(1, 7)) + rows[:, :width]
+    for _ in range(2):  # 7 = 4 + 2 + 1, along one axis and then the other
+        two = padded[:-1] + padded[1:]
+        padded = (two[:-5] + two[2:-3] + two[4:-1] + padded[6:]).T
+    return padded
 
 
 def _nth_smallest(values: np.ndarray, share: float, below: bool = False) -> int:
