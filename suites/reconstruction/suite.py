@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,18 @@ class Reconstruction(Suite):
             yield _psnr_figure(table, self.slices)
             if p.psnr_pixels == protocols.SAME:
                 yield _bands_figure(table)
+
+    def artifacts(self, table: Table) -> Iterator[tuple[str, bytes]]:
+        """The whole definition behind the numbers, so that they can be compared in years."""
+        p = protocols.get(self.protocol)
+        record = {
+            "name": p.name,
+            "hash": p.hash(),
+            "source": p.source,
+            "departs": p.departs,
+            "definition": p.definition(),
+        }
+        yield "protocol.json", (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
 
     def _pairs(self) -> list[tuple[str, str]]:
         """How originals and reconstructions reach the metrics: each way once, the way of PSNR first."""
@@ -320,8 +333,8 @@ def _bands_figure(table: Table) -> Figure:
         axes.plot([i for i, _ in drawn], [row["snr"] for _, row in drawn], marker="o")
         bars = [(i, row["low"], row["high"]) for i, row in drawn if row["low"] is not None]
         axes.vlines(*([list(column) for column in zip(*bars, strict=True)] or ([], [], [])))
-        axes.set_xticks(range(len(rows)), [row["scale"] for row in rows])
-        axes.set_xlabel("scale (1: finest, ll: means of 16 x 16 px)")
+        axes.set_xticks(range(len(rows)), [f"{2**level} px" for level in range(1, len(rows))] + ["coarser"])
+        axes.set_xlabel("scale")
         axes.set_ylabel("SNR (dB)")
 
     return Figure("bands", "Signal-to-noise ratio by scale", rows, draw)

@@ -273,6 +273,18 @@ def test_figures_draw_what_their_rows_hold():
     assert [row["psnr"] for row in everything] == sorted(table.column("psnr")) and everything[-1]["share"] == 1
 
 
+def test_the_definition_is_kept_with_the_run():
+    import json
+
+    from suites.reconstruction import protocols
+
+    suite = Reconstruction(protocol="llamagen")
+    ((name, data),) = suite.artifacts(None)
+    record = json.loads(data)
+    assert name == "protocol.json" and record["hash"] == protocols.get("llamagen").hash()
+    assert record["definition"]["ssim_range"] == 2.0 and record["departs"]
+
+
 def test_importing_the_suite_loads_nothing_heavy():
     import subprocess
     import sys
