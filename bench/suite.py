@@ -55,6 +55,12 @@ class Metric(Protocol):
     unit: str
     better: Literal["higher", "lower", "none"]
 
+    def prepare(self, ctx: Context) -> None:
+        """Opens the networks that `measure` needs, before the first unit; may be left out.
+
+        Raises Error where their weights are missing: that stops the run.
+        """
+
     def measure(self, media: Media, ctx: Context) -> Mapping[str, Sequence[Any] | np.ndarray]:
         """Lists of length B become columns of the rows; float arrays [B, d] become features."""
 
@@ -90,13 +96,22 @@ class Suite(ABC):
 
     def score(self, table: Table) -> list[Score]:
         """Every metric over all rows and, for each column of `slices`, over the rows of each of its values."""
-        parts = [("all", table)]
+        return [
+            score
+            for name, part in self._parts(table)
+            for metric in self.metrics
+            for score in self._reduce(metric, name, part)
+        ]
+
+    def _parts(self, table: Table) -> Iterator[tuple[str, Table]]:
+        """("all", table), then ("column=value", its rows) for each value of each column of `slices`."""
+        yield "all", table
         for column in self.slices:
-            for value in sorted({str(v) for v in table.column(column) if v is not None}):
-                parts.append((f"{column}={value}", table.where(column, value)))
-        return [score for name, part in parts for metric in self.metrics for score in self._reduce(metric, name, part)]
+            for text, value in sorted({str(v): v for v in table.column(column) if v is not None}.items()):
+                yield f"{column}={text}", table.where(column, value)
 
     def _reduce(self, metric: Metric, slice: str, table: Table) -> Iterator[Score]:
+        """The scores of one metric over one part of a table."""
         found = metric.reduce(table)
         for suffix, estimate in (found if isinstance(found, Mapping) else {"": found}).items():
             yield Score(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import door, registry
+from bench.capabilities import has, held
 from bench.config import How, bind
 from bench.identity import canonical, digest, file_digest, seed_for, unit_key
 from bench.store import Store
@@ -22,6 +23,7 @@ from bench.suite import Suite
 from bench.types import Error, Item, Json, Record, Stop, Unit
 
 TRACE_CHARACTERS = 8_000
+OWN_COLUMNS = ("item", "unit", "flat")
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,14 @@ class Worker:
                 self.manifest = self.manifest.subset(work.limit)
         _prepare_torch(work.how, device)
         self.model = model if model is not None else open_model(work.model, work.model_what, work.model_how, device)
+        require(self.suite, self.model, work.model)
         self.code = code_digest(type(self.suite))
         self.device_name = _device_name(device)
         self.judges: dict[str, Any] = {}
+        ctx = WorkerContext(self, self.batch)
+        for metric in self.suite.metrics:
+            if hasattr(metric, "prepare"):
+                metric.prepare(ctx)
 
     def __call__(self, unit: Unit, attempt: int = 1) -> Record:
         from bench.text import mask, plain
@@ -86,7 +93,10 @@ class Worker:
                 error = None
             except Stop:
                 raise
-            except Exception as e:  # the one place where a unit's fault, of whatever kind, becomes a record
+            except (
+                Exception,
+                SystemExit,
+            ) as e:  # the one place where a unit's fault, of whatever kind, becomes a record
                 if _out_of_memory(e) and batch > 1:
                     batch //= 2
                     _free_memory()
@@ -131,6 +141,8 @@ class Worker:
                         raise BadOutput(f"{source or 'run'}: {name} has {len(values)} values for {len(ids)} items")
                     if hasattr(values, "ndim") and values.ndim > 1:
                         features.setdefault(name, []).append(np.asarray(values, np.float32))
+                    elif name in OWN_COLUMNS:
+                        raise BadOutput(f"{source or 'run'}: {name!r} is a column of the harness; choose another name")
                     else:
                         for row, value in zip(new, values, strict=True):
                             row[name] = _json(value)
@@ -198,11 +210,14 @@ class WorkerContext:
     """`bench.suite.Context` as the worker gives it."""
 
     def __init__(self, worker: Worker, batch: int):
-        import torch
-
         self._worker, self._batch = worker, batch
         self._scratch: list[Path] = []
-        self.device = torch.device(worker.device)
+
+    @property
+    def device(self):
+        import torch
+
+        return torch.device(self._worker.device)
 
     def batches(self, unit: Unit) -> Iterator[list[str]]:
         for i in range(0, len(unit.items), self._batch):
@@ -292,15 +307,34 @@ def open_model(name: str, what: Mapping[str, Any], how: Mapping[str, Any], devic
         ) from e
 
 
+def require(suite: Suite, obj: Any, name: str) -> None:
+    """Raises Error when a model, or its class before it is opened, lacks what the suite needs."""
+    lacking = [c.__name__ for c in suite.requires if not has(obj, c)]
+    if lacking:
+        fitting = sorted(
+            e.name
+            for e, cls, _ in registry.describe("suites")
+            if cls is not None and all(has(obj, c) for c in cls.requires) and cls.requires
+        )
+        raise Error(
+            f"suite `{suite.name}` needs {', '.join(lacking)}; `{name}` has {', '.join(held(obj)) or 'no capability'}",
+            hint=f"suites that run on `{name}`: {', '.join(fitting) or 'none'}",
+        )
+
+
 def _prepare_torch(how: How, device: str) -> None:
     import os
 
+    workers = max(1, len(how.devices.split(",")))
+    threads = how.threads or max(1, (os.cpu_count() or 1) // workers)
+    if device == "cpu" and not how.strict and "torch" not in sys.modules:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is imported, if the suite or model needs it
+        return
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    workers = max(1, len(how.devices.split(",")))
-    torch.set_num_threads(how.threads or max(1, (os.cpu_count() or 1) // workers))
+    torch.set_num_threads(threads)
     if how.strict:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -371,6 +371,11 @@ class Frechet:
     def name(self) -> str:
         return "fid" if self.extractor.startswith("inception") else f"frechet-{self.extractor}"
 
+    def prepare(self, ctx):
+        from bench.metrics.extractors import opened
+
+        opened(self.extractor, ctx)
+
     def measure(self, media, ctx):
         from bench.metrics.extractors import features, opened
 
@@ -437,6 +442,11 @@ class PairwiseFeatureDistance:
     @property
     def name(self) -> str:
         return f"pairwise-{self.extractor}"
+
+    def prepare(self, ctx):
+        from bench.metrics.extractors import opened
+
+        opened(self.extractor, ctx)
 
     def measure(self, media, ctx):
         from bench.metrics.extractors import features, opened

@@ -139,12 +139,14 @@ class LPIPS:
     def name(self) -> str:
         return f"lpips-{self.net}"
 
+    def prepare(self, ctx):
+        self._judge(ctx)
+
     def measure(self, media, ctx):
         x, y = (self._fed(media[name]) for name in (self.real, self.fake))
         if min(x.shape[-2:]) < SMALLEST:
             return withheld(self.name, len(x), f"pictures smaller than {SMALLEST} px")
-        backbone, heads = (ctx.weights(f"lpips-{self.net}-{part}") for part in ("backbone", "lin"))
-        judge, fingerprint = opened(self.net, backbone, heads, str(ctx.device))
+        judge, fingerprint = self._judge(ctx)
         return {self.name: lpips(judge, x, y).tolist(), f"{self.name}-net": [fingerprint] * len(x)}
 
     def reduce(self, table):
@@ -154,6 +156,10 @@ class LPIPS:
         nets = sorted({str(v) for v in table.column(f"{self.name}-net") if v is not None})
         fed = f"in:{self.input_range[0]:g}..{self.input_range[1]:g}"
         return f"lpips|v0.1|net:{'+'.join(nets) or self.net}|{fed}|{self.quantise}|v:{self.version}"
+
+    def _judge(self, ctx):
+        backbone, heads = (ctx.weights(f"lpips-{self.net}-{part}") for part in ("backbone", "lin"))
+        return opened(self.net, backbone, heads, str(ctx.device))
 
     def _fed(self, images):
         images = quantise(images, self.quantise, self.value_range)
