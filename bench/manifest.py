@@ -7,6 +7,7 @@ import importlib.util
 import io
 import os
 import re
+import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -91,7 +92,10 @@ class Manifest:
             yield ids[start : start + size]
 
     def item(self, id: str) -> Item:
-        """Its file is compared with its SHA-256 the first time. Raises Error where it is absent or another one."""
+        """`path` is its file, of a crop the whole picture's; compared with its SHA-256 the first time.
+
+        Raises Error where the file is absent or another one.
+        """
         entry = self._entry(id)
         path = entry.item.path
         if path is not None and path not in self._verified:
@@ -195,7 +199,7 @@ def fetch(name: str, progress: Progress | None = None, data_root: Path | None = 
     What no SHA-256 vouches for stays under `<file>.unverified` until `bench data lock` accepts it. Returns a sentence
     to print. Raises Error; for data behind a licence it says where to get it and how to lay it out.
     """
-    from bench.fetch import download, hub, unpack
+    from bench.fetch import download, hub
 
     if name.startswith("hf:"):
         return f"{name} is in {hub(name)}"
@@ -210,14 +214,14 @@ def fetch(name: str, progress: Progress | None = None, data_root: Path | None = 
         raise Error(f"{name} cannot be fetched for you", hint=_how_to_get(name, header))
     waiting = []
     for part in parts:
-        target = folder / part["file"]
+        target = _target(part, folder)
         sha256 = part.get("sha256", "")
         if "unpack" in part and any(_pictures(folder)):  # archives are unpacked as a whole or not at all
             continue
         if sha256 or header["locked"]:  # of locked data each item has a hash
             download(part["url"], target, sha256, part.get("bytes", 0), progress, loopback)
             if "unpack" in part:
-                unpack(target, folder, part["unpack"]["files"], part["unpack"]["bytes"])
+                _unpack(part, folder)
         else:
             target = target.with_name(target.name + UNVERIFIED)
             found = download(part["url"], target, "", part.get("bytes", 0), progress, loopback)
@@ -225,7 +229,7 @@ def fetch(name: str, progress: Progress | None = None, data_root: Path | None = 
     if waiting:
         more = f" and {len(waiting) - 3} more" if len(waiting) > 3 else ""
         listed = "; ".join(waiting[:3]) + more
-        return f"{folder}: {listed}. Nobody vouches for it: if it is what you expect, bench data lock {name}"
+        return f"{target.parent}: {listed}. Nobody vouches for it: if it is what you expect, bench data lock {name}"
     return f"{name} is in {folder}" + ("" if header["locked"] else f"; next: bench data lock {name}")
 
 
@@ -308,14 +312,28 @@ def _weights_state(name: str) -> dict[str, str]:
 
 def _accept(parts: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Gives unverified downloads their names, and unpacks archives among them."""
+    for part in parts:
+        target = _target(part, folder)
+        waiting = target.with_name(target.name + UNVERIFIED)
+        if waiting.is_file():
+            os.replace(waiting, target)
+            if "unpack" in part:
+                _unpack(part, folder)
+
+
+def _target(part: Mapping[str, Any], folder: Path) -> Path:
+    """Where a download goes: an archive beside the folder whose place its content takes."""
+    return (folder.with_name(f"{folder.name}.download") if "unpack" in part else folder) / part["file"]
+
+
+def _unpack(part: Mapping[str, Any], folder: Path) -> None:
     from bench.fetch import unpack
 
-    for part in parts:
-        waiting = folder / (part["file"] + UNVERIFIED)
-        if waiting.is_file():
-            os.replace(waiting, folder / part["file"])
-            if "unpack" in part:
-                unpack(folder / part["file"], folder, part["unpack"]["files"], part["unpack"]["bytes"])
+    archive = _target(part, folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise Error(f"{folder} is not empty, so {archive} was not unpacked", hint="move what is there, then try again")
+    unpack(archive, folder, part["unpack"]["files"], part["unpack"]["bytes"])
+    shutil.rmtree(archive.parent)
 
 
 def _own_folder(path: Path) -> Path:

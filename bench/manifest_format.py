@@ -74,8 +74,9 @@ def read_weights(path: Path) -> dict[str, Any]:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file of at most 16 MB as strict UTF-8; raises Error with the file and, where known, the line."""
+    text = read_text(path)
     try:
-        return tomllib.loads(read_text(path))
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as e:
         reason = "nested too deeply" if isinstance(e, RecursionError) else e
         raise Error(f"{path}: {reason}", hint="mend the TOML") from None
@@ -100,7 +101,9 @@ def read_header(path: Path) -> dict[str, Any]:
     where = str(path)
     check_fields(where, header, HEADER)
     if header["kind"] not in KINDS:
-        raise Error(f"{where}: kind is {header['kind']!r}{suggest(header['kind'], KINDS)}", hint=f"one of {KINDS}")
+        raise Error(
+            f"{where}: kind is {header['kind']!r}{suggest(header['kind'], KINDS)}", hint=f"one of {', '.join(KINDS)}"
+        )
     if "root" in header:
         check_name(where, "root", header["root"])
     if "digest" in header and not re.fullmatch(r"sha256:[0-9a-f]{64}", header["digest"]):
@@ -122,8 +125,8 @@ def read_header(path: Path) -> dict[str, Any]:
         check_name(at, "file", part["file"])
         if "sha256" in part and not SHA256.fullmatch(part["sha256"]):
             raise Error(f"{at}: sha256 must be 64 hex digits")
-        if "unpack" in part and len(header["fetch"]) > 1:
-            raise Error(f"{at}: an archive takes the place of `root`, so it must be the only entry of fetch")
+        if "unpack" in part and (len(header["fetch"]) > 1 or "root" not in header):
+            raise Error(f"{at}: an archive takes the place of root, so it needs one, and is the only entry of fetch")
         check_fields(f"{at}: unpack", part.get("unpack", {"files": 0, "bytes": 0}), UNPACK)
     return header
 

@@ -110,6 +110,7 @@ class Handler(BaseHTTPRequestHandler):
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.asked, server.done, server.files = [], threading.Event(), {}
+    server.handle_error = lambda *args: None  # clients that hang up are what is tested
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -456,9 +457,17 @@ def test_an_archive_nobody_vouched_for_is_unpacked_by_the_lock(server, place):
     table = fetch_table(server, "v.zip", zipped(("a.png", picture(1))), unpack="{files=2, bytes=9999}")
     (place / "data_manifests/toy.toml").write_text(HEADER + table)
     assert "Nobody vouches" in manifest.fetch("toy", loopback=True)
-    assert left(place / "data/toy/x") == ["v.zip.unverified"]
+    assert left(place / "data/toy.download/x") == ["v.zip.unverified"]
+    mine = place / "data/toy/mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("of somebody else")
+    with pytest.raises(Error, match="not empty"):
+        manifest.lock("toy")
+    assert mine.read_text() == "of somebody else"
+    mine.unlink()
+    manifest.fetch("toy", loopback=True)
     manifest.lock("toy")
-    assert manifest.load("toy").ids() == ("a.png",)
+    assert manifest.load("toy").ids() == ("a.png",) and not (place / "data/toy.download").exists()
 
 
 def test_weights_with_a_hash_are_fetched_and_without_one_wait(server, place):

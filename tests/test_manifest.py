@@ -428,6 +428,8 @@ WRONG = {
     "fetch[0]: file '../x'": HEADER + '[[fetch]]\nurl = "https://e.org"\nfile = "../x"\n',
     "fetch[0]: sha256 must be": HEADER + '[[fetch]]\nurl = "https://e.org"\nfile = "x"\nsha256 = "12"\n',
     "fetch[0]: bytes must be a whole number": HEADER + '[[fetch]]\nurl = "u"\nfile = "x"\nbytes = "9"\n',
+    "an archive takes the place of root": HEADER
+    + 2 * '[[fetch]]\nurl = "u"\nfile = "x"\nunpack = {files = 1, bytes = 1}\n',
     "unpack: files is missing": HEADER + '[[fetch]]\nurl = "u"\nfile = "x"\nunpack = {}\n',
     "[crops] belongs to": HEADER + "[crops]\nsize = 1\nstride = 1\nlimit = 1\n",
     "crops.stride is 0": HEADER.replace("images", "package-crops") + "[crops]\nsize = 1\nstride = 0\nlimit = 1\n",
@@ -511,7 +513,7 @@ names = st.sampled_from([*manifest_format.HEADER, *manifest_format.FETCH, "sise"
 texts = st.text(max_size=30) | st.sampled_from([*words, *HUGE])
 leaves = texts | st.booleans() | st.integers() | st.floats()
 tables = st.deferred(lambda: st.dictionaries(names | texts, trees, max_size=5))
-trees = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | tables, max_leaves=12)
+trees = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | tables, max_leaves=8)
 good = {"kind": "images", "source": "s", "license": "l", "redistribute": True, "locked": False}
 
 
