@@ -62,6 +62,13 @@ def replace(path: Path, data: bytes, mode: int = 0o666) -> None:
         sync_folder(path.parent)
 
 
+def rename(path: Path, target: Path) -> None:
+    """Gives a file or folder another name beside it, durably."""
+    with _explained("rename", path):
+        os.rename(path, target)
+        sync_folder(target.parent)
+
+
 def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Lets `fill` write into an empty folder beside `path`, makes that durable and puts it in place of `path`."""
     with _explained("write", path):

@@ -8,10 +8,11 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from multiprocessing import connection, get_context
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from bench.identity import unit_key
 from bench.types import Error, Record, Stop, Unit
@@ -22,8 +23,12 @@ LEAST_TIMEOUT = 600.0  # seconds
 MEDIANS = 10
 
 
+Measure: TypeAlias = Callable[[Sequence[Unit]], Iterator[Record]]
+
+
 class Engine(Protocol):
-    def run(self, work: Work, units: Sequence[Unit]) -> Iterator[Record]: ...
+    def open(self, work: Work, **live: Any) -> AbstractContextManager[Measure]:
+        """Workers with their model open; what they measure comes in any order."""
 
 
 @dataclass(frozen=True)
@@ -37,52 +42,55 @@ class LocalEngine:
     devices: tuple[str, ...] = ("cpu",)
     processes: bool = False
 
-    def run(self, work: Work, units: Sequence[Unit], **live: Any) -> Iterator[Record]:
-        """Records as they come. Raises Error when the model cannot be opened: that blames no unit."""
-        if self.processes or len(self.devices) > 1:
-            if live.get("model") is not None:
-                raise Error("a live model runs in this process only", hint="name the model instead, or use one device")
-            yield from self._spread(work, units)
-        else:
-            worker = Worker(work, self.devices[0], **live)
-            for unit in units:
-                yield worker(unit)
+    @contextlib.contextmanager
+    def open(self, work: Work, **live: Any) -> Iterator[Measure]:
+        """Raises Error when the model cannot be opened: that stops the run and blames no unit.
 
-    def _spread(self, work: Work, units: Sequence[Unit]) -> Iterator[Record]:
-        waiting = deque((unit, 1) for unit in units)
-        seconds: list[float] = []
-        workers = [_Process(work, device) for device in self.devices[: max(1, len(units))]]
+        `live` objects (suite, model, manifest) stand in for names where the worker lives in this process.
+        """
+        if not (self.processes or len(self.devices) > 1):
+            worker = Worker(work, self.devices[0], **live)
+            yield lambda units: (worker(unit) for unit in units)
+            return
+        if live.get("model") is not None:
+            raise Error("a live model runs in this process only", hint="name the model instead, or use one device")
+        workers = [_Process(work, device) for device in self.devices]
         try:
             for worker in workers:
                 worker.ready()
-            while waiting or any(w.unit for w in workers):
-                for i, worker in enumerate(workers):
-                    if worker.unit is None and waiting:
-                        if worker.dead():
-                            workers[i] = worker = worker.replace()
-                        worker.give(*waiting.popleft())
-                limit = work.how.unit_timeout or max(LEAST_TIMEOUT, MEDIANS * statistics.median(seconds or [0.0]))
-                busy = [w for w in workers if w.unit]
-                left = min(w.since + limit for w in busy) - time.monotonic()
-                connection.wait([w.pipe for w in busy], timeout=max(0.0, left))
-                for worker in busy:
-                    record = worker.take()
-                    if record is None and worker.dead():
-                        unit, tried = worker.unit, worker.attempt
-                        if tried < TRIES:
-                            waiting.appendleft((unit, tried + 1))
-                            worker.unit = None
-                        else:
-                            record = worker.lost(work, "WorkerLost", f"the worker died ({worker.why()}) {tried} times")
-                    elif record is None and time.monotonic() - worker.since > limit:
-                        record = worker.lost(work, "Timeout", f"took longer than {limit:.0f} s")
-                    if record is not None:
-                        seconds.append(record.seconds)
-                        worker.unit = None
-                        yield record
+            yield lambda units: self._spread(work, workers, units)
         finally:
             for worker in workers:
                 worker.close()
+
+    def _spread(self, work: Work, workers: list[_Process], units: Sequence[Unit]) -> Iterator[Record]:
+        waiting = deque((unit, 1) for unit in units)
+        seconds: list[float] = []
+        while waiting or any(w.unit for w in workers):
+            for i, worker in enumerate(workers):
+                if worker.unit is None and waiting:
+                    if worker.dead():
+                        workers[i] = worker = worker.replace()
+                    worker.give(*waiting.popleft())
+            limit = work.how.unit_timeout or max(LEAST_TIMEOUT, MEDIANS * statistics.median(seconds or [0.0]))
+            busy = [w for w in workers if w.unit]
+            left = min(w.since + limit for w in busy) - time.monotonic()
+            connection.wait([w.pipe for w in busy], timeout=max(0.0, left))
+            for worker in busy:
+                record = worker.take()
+                if record is None and worker.dead():
+                    if worker.attempt < TRIES:
+                        waiting.appendleft((worker.unit, worker.attempt + 1))
+                        worker.unit = None
+                    else:
+                        died = f"the worker died ({worker.why()}) {worker.attempt} times"
+                        record = worker.lost(work, "WorkerLost", died)
+                elif record is None and time.monotonic() - worker.since > limit:
+                    record = worker.lost(work, "Timeout", f"took longer than {limit:.0f} s")
+                if record is not None:
+                    seconds.append(record.seconds)
+                    worker.unit = None
+                    yield record
 
 
 class _Process:

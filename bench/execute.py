@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import shutil
 import signal
 import sys
@@ -13,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from bench import registry
-from bench.capabilities import has, held
 from bench.config import Arguments, How, bind, data_field, markers
-from bench.engine import LocalEngine
+from bench.engine import LocalEngine, Measure
 from bench.identity import digest, fingerprint
-from bench.store import Run, Store
+from bench.store import Run, Store, dump_scores, run_id
 from bench.suite import Suite
 from bench.types import Error, Json, Model, Record, Score, Unit, UsageError, Weights
-from bench.worker import Work, Worker, parse_model
+from bench.worker import Work, parse_model, require
 
 SAMPLE = 64  # items whose media a sample keeps
 KEEP_ALL_BELOW = 2_000  # items
@@ -103,7 +103,9 @@ def prepare(
         "suite_version": suite.version,
         "fields": suite_fields,
         "data": None if manifest is None else manifest.digest,
-        "adapter": (Path(model.partition(":")[0]).name + ":" + model.partition(":")[2] if registry.is_path(model) else model)
+        "adapter": (
+            Path(model.partition(":")[0]).name + ":" + model.partition(":")[2] if registry.is_path(model) else model
+        )
         if named
         else "live",
         "adapter_args": model_args if named else dict(identity),
@@ -111,7 +113,15 @@ def prepare(
         "limit": limit,
     }
     return Plan(
-        suite, suite_ref or suite.name, model, arguments, label, manifest, units, spec, _meta(suite, label, manifest, units)
+        suite,
+        suite_ref or suite.name,
+        model,
+        arguments,
+        label,
+        manifest,
+        units,
+        spec,
+        _meta(suite, label, manifest, units),
     )
 
 
@@ -141,9 +151,19 @@ def execute(
     how = replace(how, store=str(store.root))
     observer = observer or Observer()
     plan = prepare(
-        suite, model, arguments, store=store, identity=identity, suite_ref=suite_ref, seed=seed, limit=limit, strict=how.strict
+        suite,
+        model,
+        arguments,
+        store=store,
+        identity=identity,
+        suite_ref=suite_ref,
+        seed=seed,
+        limit=limit,
+        strict=how.strict,
     )
-    return carry_out(plan, store, how, seed=seed, limit=limit, shard=shard, fresh=fresh, extra_meta=extra_meta, observer=observer)
+    return carry_out(
+        plan, store, how, seed=seed, limit=limit, shard=shard, fresh=fresh, extra_meta=extra_meta, observer=observer
+    )
 
 
 def carry_out(
@@ -175,7 +195,7 @@ def carry_out(
             limit=limit,
             seed=seed,
             spec_digest=digest(plan.spec),
-            run_id=f"{plan.label}-{digest(plan.spec)[:8]}",
+            run_id=run_id(plan.spec, plan.label),
             kept=_kept(how.keep, plan),
             how=replace(how, devices=",".join(devices)),
         )
@@ -184,10 +204,15 @@ def carry_out(
         live = {} if processes else {"suite": plan.suite, "manifest": plan.manifest}
         if not isinstance(plan.model, str):
             live["model"] = plan.model
-        _preflight(plan, store, work, engine, live)
-        run = store.open(plan.spec, {**plan.meta, **(extra_meta or {}), **_provenance()}, fresh=fresh)
-        observer.begin(run, mine, pending)
-        _measure(run, engine, work, live, pending, shard, how, observer)
+        _preflight(plan, store)
+        if run:
+            run.check_free(shard)
+        with engine.open(work, **live) as measure:
+            if len(pending) > PREFLIGHT_ABOVE and len(pending[0].items) > 2:
+                _try_two_items(pending[0], measure, work.model)
+            run = store.open(plan.spec, {**plan.meta, **(extra_meta or {}), **_provenance()}, fresh=fresh)
+            observer.begin(run, mine, pending)
+            _record(run, measure, pending, shard, how, observer)
     else:
         assert run
         observer.begin(run, mine, pending)
@@ -197,22 +222,11 @@ def carry_out(
 
 def find_run(plan: Plan, store: Store) -> Run | None:
     """The run of a plan, when it was begun before."""
-    from bench.store import run_id
-
     path = store.root / "runs" / run_id(plan.spec, plan.label)
     return Run(store, path) if (path / "run.json").is_file() else None
 
 
-def _measure(
-    run: Run,
-    engine: LocalEngine,
-    work: Work,
-    live: Mapping[str, Any],
-    pending: Sequence[Unit],
-    shard: str,
-    how: How,
-    observer: Observer,
-) -> None:
+def _record(run: Run, measure: Measure, pending: Sequence[Unit], shard: str, how: How, observer: Observer) -> None:
     """Appends a record for each pending unit; stops early when too many fail."""
     from bench.store import record_line
 
@@ -221,8 +235,8 @@ def _measure(
     by_id = {u.id: u for u in pending}
     ordered = sorted(pending, key=lambda u: -u.cost)  # longest first; equal ones keep their order
     done = failed = 0
-    with run.writer(shard, observer.say) as log, contextlib.closing(engine.run(work, ordered, **live)) as records:
-        for record in records:
+    with run.writer(shard, observer.say) as log:
+        for record in measure(ordered):
             record = replace(record, attempt=record.attempt + attempts.get(record.unit, 0))
             with _signals_wait():
                 log.append(record_line(record))
@@ -239,19 +253,33 @@ def _measure(
 
 
 def derive(run: Run, suite: Suite) -> list[Score]:
-    """Reduces the records to scores.csv."""
-    table = run.table()
-    found = [replace(s, run=run.id, model=run.meta["model"]) for s in suite.score(table)]
-    for metric in later_metrics(run):
-        found += [replace(s, run=run.id, model=run.meta["model"]) for s in suite._reduce(metric, "all", table)]
-    if found != run.scores():
-        run.save_scores(found)
-    for name, data in suite.artifacts(table):
-        from bench import door
+    """Reduces the records to scores.csv; again when another shard appended meanwhile."""
+    from bench import door
 
-        door.make_folder(run.path / "artifacts")
-        door.replace(run.path / "artifacts" / name, data)
-    return found
+    while True:
+        seen = run.sizes()
+        table = run.table()
+        found = suite.score(table)
+        for metric in later_metrics(run):
+            found += [s for name, part in suite._parts(table) for s in suite._reduce(metric, name, part)]
+        found = [replace(_finite(s), run=run.id, model=run.meta["model"]) for s in found]
+        path = run.path / "scores.csv"
+        if not path.is_file() or path.read_bytes() != dump_scores(found):
+            run.save_scores(found)
+        for name, data in suite.artifacts(table):
+            door.make_folder(run.path / "artifacts")
+            door.replace(run.path / "artifacts" / name, data)
+        if run.sizes() == seen:
+            return found
+
+
+def _finite(score: Score) -> Score:
+    """No NaN and no infinity is stored: they become null, and the note says so."""
+    bad = [n for n in ("value", "low", "high") if (v := getattr(score, n)) is not None and not math.isfinite(v)]
+    if not bad:
+        return score
+    gone = {n: None for n in bad} if "value" not in bad else {"value": None, "low": None, "high": None}
+    return replace(score, **gone, complete=False, note=score.note or f"{' and '.join(bad)} not finite")
 
 
 def later_metrics(run: Run) -> list[Any]:
@@ -270,7 +298,7 @@ def suite_of(run: Run) -> Suite:
     cls = registry.find("suites", run.meta["suite_ref"])
     if cls.version != run.spec["suite_version"]:
         raise Error(
-            f"{run.id} was measured with version {run.spec['suite_version']} of {cls.name}; this is version {cls.version}",
+            f"{run.id} is of {cls.name} version {run.spec['suite_version']}; this is version {cls.version}",
             hint="score again: old records are not reused",
         )
     from bench.config import convert, field_types
@@ -280,21 +308,6 @@ def suite_of(run: Run) -> Suite:
 
 
 # -- identity
-
-
-def require(suite: Suite, obj: Any, name: str) -> None:
-    """Raises Error when a model, or its class, lacks what the suite needs."""
-    lacking = [c.__name__ for c in suite.requires if not has(obj, c)]
-    if lacking:
-        fitting = sorted(
-            e.name
-            for e, cls, _ in registry.describe("suites")
-            if cls is not None and all(has(obj, c) for c in cls.requires) and cls.requires
-        )
-        raise Error(
-            f"suite `{suite.name}` needs {', '.join(lacking)}; `{name}` has {', '.join(held(obj)) or 'no capability'}",
-            hint=f"suites that run on `{name}`: {', '.join(fitting) or 'none'}",
-        )
 
 
 def model_label(model: str, arguments: Arguments) -> str:
@@ -346,7 +359,9 @@ def _meta(suite: Suite, label: str, manifest: Any, units: Sequence[Unit]) -> dic
         "model": label,
         "suite_ref": suite.name,
         "suite_fields": {
-            f.name: list(v) if isinstance(v := getattr(suite, f.name), tuple) else (v if not isinstance(v, Path) else str(v))
+            f.name: list(v)
+            if isinstance(v := getattr(suite, f.name), tuple)
+            else (v if not isinstance(v, Path) else str(v))
             for f in fields(suite)
         },
         "units": len(units),
@@ -410,8 +425,8 @@ def _foreign(plan: Plan) -> bool:
 # -- before the first unit
 
 
-def _preflight(plan: Plan, store: Store, work: Work, engine: LocalEngine, live: dict[str, Any]) -> None:
-    """What can fail is tried first: files of the manifest, room and access in the store, the model itself."""
+def _preflight(plan: Plan, store: Store) -> None:
+    """What can fail is tried first: files of the manifest, room and access in the store."""
     from bench import door
 
     if plan.manifest is not None:
@@ -419,18 +434,19 @@ def _preflight(plan: Plan, store: Store, work: Work, engine: LocalEngine, live: 
     door.make_folder(store.root / "runs")
     free = shutil.disk_usage(store.root).free
     if free < FREE_BYTES:
-        raise Error(f"{store.root} has {free // 1_000_000} MB free", hint="make room, or name another store with --store")
-    if engine.processes or len(plan.units) <= PREFLIGHT_ABOVE:
-        return
-    worker = Worker(replace(work, kept=frozenset()), engine.devices[0], **live)
-    live["model"] = worker.model
-    first = plan.units[0]
-    record = worker(replace(first, items=first.items[:2]))
+        raise Error(
+            f"{store.root} has {free // 1_000_000} MB free", hint="make room, or name another store with --store"
+        )
+
+
+def _try_two_items(unit: Unit, measure: Measure, model: str) -> None:
+    """A long run begins with a unit of two items that is not recorded."""
+    (record,) = measure([replace(unit, items=unit.items[:2])])
     if record.status == "failed":
         assert record.error
         raise Error(
             f"a trial of two items failed: {record.error['kind']}: {record.error['message']}",
-            hint=f"bench check --model {work.model} tries the model alone; nothing was recorded",
+            hint=f"bench check --model {model} tries the model alone; nothing was recorded",
         )
 
 
@@ -465,5 +481,3 @@ def _signals_wait() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
-
-

@@ -115,7 +115,9 @@ def _module(path: Path) -> Any:
         spec.loader.exec_module(module)
     except Exception as e:  # the user's own file: say what it raised, keep the trace for them
         del sys.modules[name]
-        raise Error(f"{path} cannot be run: {type(e).__name__}: {e}", hint="python " + str(path) + " shows the trace") from e
+        raise Error(
+            f"{path} cannot be run: {type(e).__name__}: {e}", hint="python " + str(path) + " shows the trace"
+        ) from e
     finally:
         sys.path.remove(str(path.parent))
     return module

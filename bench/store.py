@@ -1,11 +1,11 @@
 """The store: runs as folders of append-only records, blobs by content, scores derived from them.
 
-    <root>/runs/<run id>/run.json          what was asked for and what made it; written once
-                         units.jsonl       one record a line, each with its checksum (units.<k>of<n>.jsonl for shards)
-                         extra/*.jsonl     what was measured later
-                         scores.csv        derived; may be deleted
-    <root>/blobs/ab/cdef....png            media and features, by SHA-256
-    <root>/fingerprints.json               digests of weights and pictures, remembered
+<root>/runs/<run id>/run.json          what was asked for and what made it; written once
+                     units.jsonl       one record a line, each with its checksum (units.<k>of<n>.jsonl for shards)
+                     extra/*.jsonl     what was measured later
+                     scores.csv        derived; may be deleted
+<root>/blobs/ab/cdef....png            media and features, by SHA-256
+<root>/fingerprints.json               digests of weights and pictures, remembered
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import itertools
 import json
-import os
 import re
 import time
 import zlib
@@ -51,30 +51,52 @@ class Store:
         """
         path = self.root / "runs" / run_id(spec, str(meta["model"]))
         if fresh and path.exists():
-            aside = path.with_name(f"{path.name}.{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}.old")
-            os.rename(path, aside)
+            self._move_aside(path)
         if not (path / "run.json").exists():
             door.make_folder(path)
             body = {"format": FORMAT, "spec": spec, **meta}
             door.replace(path / "run.json", (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
         run = Run(self, path)
         if digest(run.spec) != digest(spec):
-            raise Error(f"{path} holds another run", hint="move that folder aside; its run.json names another specification")
+            raise Error(
+                f"{path} holds another run", hint="move that folder aside; its run.json names another specification"
+            )
         return run
 
-    def runs(self, suite: str | None = None, model: str | None = None) -> Iterator[Run]:
-        """Every run, by id; those of a suite or of a model's label, where given."""
-        folder = self.root / "runs"
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if path.suffix == ".old" or not (path / "run.json").is_file():
+    def _move_aside(self, path: Path) -> None:
+        """Renames the folder of a run that nobody is writing."""
+        with contextlib.ExitStack() as locks:
+            for held in sorted(path.glob("*.lock")):
+                locks.enter_context(door.lock(held, f"run {path.name}"))
+            stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+            names = (f"{path.name}.{stamp}{f'.{i}' if i else ''}.old" for i in itertools.count())
+            door.rename(path, next(p for n in names if not (p := path.with_name(n)).exists()))
+
+    def runs(
+        self, suite: str | None = None, model: str | None = None, broken: Callable[[str, Error], None] | None = None
+    ) -> Iterator[Run]:
+        """Every run, by id; those of a suite or of a model's label, where given.
+
+        One that cannot be read raises Error, or is passed to `broken` with its folder's name.
+        """
+        for path in self._folders():
+            try:
+                run = Run(self, path)
+            except Error as e:
+                if broken is None:
+                    raise
+                broken(path.name, e)
                 continue
-            run = Run(self, path)
             if suite in (None, run.spec["suite"]) and model in (None, run.meta["model"]):
                 yield run
 
+    def _folders(self) -> list[Path]:
+        found = (self.root / "runs").glob("*/run.json")
+        return sorted(p.parent for p in found if p.parent.suffix != ".old")
+
     def run(self, name: str) -> Run:
         """One run by its id, or by an unambiguous beginning or part of it."""
-        names = [p.name for p in sorted((self.root / "runs").glob("*")) if p.suffix != ".old"]
+        names = [p.name for p in self._folders()]
         found = [n for n in names if n == name] or [n for n in names if name in n]
         if len(found) == 1:
             return Run(self, self.root / "runs" / found[0])
@@ -92,7 +114,7 @@ class Store:
             raise ValueError(f"suffix {suffix!r} is not one of {sorted(SUFFIXES)}")
         address = digest(data) + suffix
         path = self.path(address)
-        if not (path.is_file() and path.stat().st_size == len(data)):
+        if not (path.is_file() and path.read_bytes() == data):  # what was damaged is written again
             door.make_folder(path.parent)
             door.replace(path, data)
         return address
@@ -122,19 +144,40 @@ class Store:
         """Digests of files, remembered from earlier runs; saved on leaving when there are new ones."""
         path = self.root / "fingerprints.json"
         try:
-            entries = json.loads(path.read_text())
-            known = FileDigests({k: v for k, v in entries.items() if isinstance(v, list) and len(v) == 5})
-        except (OSError, ValueError, AttributeError, RecursionError):
-            known = FileDigests()  # a cache: what cannot be read is computed again
+            entries = parse_line(path.read_bytes().rstrip(b"\n")) or {}
+        except OSError:
+            entries = {}  # a cache: what is missing or damaged is computed again
+        known = FileDigests({name: entry for name, entry in entries.items() if name != "crc"})
         yield known
         if known.changed:
             door.make_folder(self.root)
-            door.replace(path, (json.dumps(known.entries, sort_keys=True) + "\n").encode())
+            door.replace(path, line(known.entries))
 
 
 def run_id(spec: Mapping[str, Json], label: str) -> str:
     """`reconstruction-sd-vae-ft-mse-7f3a91c2`: suite, model, 8 hex digits of the specification. No clock in it."""
     return f"{slug(str(spec['suite']))}-{slug(label)}-{digest(spec)[:8]}"
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    """run.json, checked as far as the harness relies on it; raises Error naming the file and what is wrong."""
+    aside = "move that folder aside and score again"
+    try:
+        meta = json.loads(path.read_bytes())
+    except OSError as e:
+        raise Error(f"{path} cannot be read: {e.strerror}", hint=aside) from None
+    except (ValueError, RecursionError) as e:
+        raise Error(f"{path} is damaged: {e}", hint=aside) from None
+    written = meta.get("format") if isinstance(meta, dict) else None
+    if written is not None and written != FORMAT:
+        raise Error(f"{path} has format {written}; this version reads {FORMAT}", hint="use the version that wrote it")
+    needed = {"format": int, "spec": dict, "model": str, "units": int, "items": int, "manifests": list}
+    inner = {"suite": str, "suite_version": int, "fields": dict, "seed": int}
+    for where, kinds in ((meta, needed), (meta.get("spec") if isinstance(meta, dict) else {}, inner)):
+        wrong = [n for n, kind in kinds.items() if not (isinstance(where, dict) and isinstance(where.get(n), kind))]
+        if wrong:
+            raise Error(f"{path} is damaged: it has no {wrong[0]}", hint=aside)
+    return meta
 
 
 @dataclass(frozen=True)
@@ -143,6 +186,7 @@ class Damage:
 
     torn: int = 0  # bytes of an unfinished last line
     bad: tuple[bytes, ...] = ()  # whole lines that fail their checksum
+    unended: bool = False  # the last line is whole, but for its newline
 
 
 class Run:
@@ -150,28 +194,33 @@ class Run:
 
     def __init__(self, store: Store, path: Path):
         self.store, self.path, self.id = store, path, path.name
-        try:
-            self.meta: dict[str, Any] = json.loads((path / "run.json").read_text())
-            self.spec: dict[str, Any] = self.meta["spec"]
-            written = self.meta["format"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-            raise Error(f"{path / 'run.json'} cannot be read: {e}", hint="move that folder aside and score again") from None
-        if written != FORMAT:
-            raise Error(f"{path} has format {written}; this version reads {FORMAT}", hint="use the version that wrote it")
+        self.meta = _read_meta(path / "run.json")
+        self.spec: dict[str, Any] = self.meta["spec"]
         self.spec_digest = digest(self.spec)
 
     # -- writing
+
+    def check_free(self, shard: str = "") -> None:
+        """Raises Error, naming host and pid, while another process writes this shard."""
+        path = self.log(shard).with_suffix(".lock")
+        if path.exists():
+            with door.lock(path, self._name(shard)):
+                pass
+
+    def _name(self, shard: str) -> str:
+        return f"run {self.id}" + (f" shard {shard}" if shard else "")
 
     @contextlib.contextmanager
     def writer(self, shard: str = "", say: Callable[[str], None] = lambda _: None) -> Iterator[door.Appender]:
         """The only way to append: holds the lock of the shard's file and heals it first."""
         path = self.log(shard)
-        with door.lock(path.with_suffix(".lock"), f"run {self.id}" + (f" shard {shard}" if shard else "")):
+        with door.lock(path.with_suffix(".lock"), self._name(shard)):
             damage = heal(path)
             if damage.torn:
                 say(f"{path.name}: cut an unfinished last line of {damage.torn} bytes")
             if damage.bad:
-                say(f"{path.name}: set {len(damage.bad)} damaged lines aside in {path.name}.bad; their units are pending again")
+                many = "1 damaged line" if len(damage.bad) == 1 else f"{len(damage.bad)} damaged lines"
+                say(f"{path.name}: {many} set aside in {path.name}.bad; units that were lost are measured again")
             appender = door.Appender(path)
             try:
                 yield appender
@@ -192,7 +241,9 @@ class Run:
         found: dict[str, Record] = {}
         for path in sorted(self.path.glob("units*.jsonl")):
             for value in read_lines(path)[0]:
-                record = Record(**{f.name: value[f.name] for f in fields(Record) if f.name in value})
+                record = parse_record(value)
+                if record is None:
+                    continue
                 old = found.get(record.key)
                 if old is None or record.status == "ok" or old.status == "failed":
                     found[record.key] = record
@@ -247,6 +298,12 @@ class Run:
                 into["blobs"].update(value["blobs"])
         return found
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each log: they grow when something was measured."""
+        return {
+            str(p): p.stat().st_size for pattern in ("units*.jsonl", "extra/*.jsonl") for p in self.path.glob(pattern)
+        }
+
     def codes(self) -> set[str]:
         """Digests of the suite's code among the ok records; more than one means that versions were mixed."""
         return {r.code for r in self.records().values() if r.status == "ok"}
@@ -272,12 +329,20 @@ class Run:
 
 def line(value: Mapping[str, Json]) -> bytes:
     """One JSON object with the CRC-32 of what stands before it as its last member, and a newline."""
-    body = canonical(value).encode("utf-8")[:-1]
+    body = canonical(value).encode("utf-8", "surrogatepass")[:-1]
     return body + b',"crc":"%08x"}\n' % zlib.crc32(body)
 
 
 def record_line(record: Record) -> bytes:
     return line({f.name: getattr(record, f.name) for f in fields(Record)})
+
+
+def parse_record(value: Mapping[str, Any]) -> Record | None:
+    """The record of a line's object; None where it is no record."""
+    known = {f.name: value[f.name] for f in fields(Record) if f.name in value}
+    if not {"key", "unit", "status"} <= known.keys():
+        return None
+    return Record(**{**known, "rows": tuple(known.get("rows", ()))})
 
 
 def parse_line(raw: bytes) -> dict[str, Any] | None:
@@ -303,13 +368,14 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], Damage]:
         if value is not None:
             values.append(value)
             continue
-        inside = [v for m in LINE.finditer(raw) if (v := parse_line(m.group())) is not None]  # a lost newline joins lines
-        values += inside
+        # a lost newline joins lines
+        values += [v for m in LINE.finditer(raw) if (v := parse_line(m.group())) is not None]
         if raw:
             bad.append(raw)
     last = parse_line(tail)
     if last is not None:
         values.append(last)
+        return values, Damage(bad=tuple(bad), unended=True)
     return values, Damage(torn=len(tail), bad=tuple(bad))
 
 
@@ -323,11 +389,10 @@ def heal(path: Path) -> Damage:
         known = aside.read_bytes().split(b"\n") if aside.exists() else []
         new = [raw for raw in damage.bad if raw not in known]
         door.replace(aside, b"".join(raw + b"\n" for raw in [*filter(None, known), *new]))
-    elif damage.torn and parse_line(path.read_bytes()[-damage.torn :]) is None:
-        door.truncate(path, path.stat().st_size - damage.torn)
-        return damage
-    if damage.bad or damage.torn:
+    if damage.bad or damage.unended:
         door.replace(path, b"".join(line({k: v for k, v in value.items() if k != "crc"}) for value in values))
+    elif damage.torn:
+        door.truncate(path, path.stat().st_size - damage.torn)
     return damage
 
 
@@ -340,12 +405,14 @@ def dump_scores(scores: Iterable[Score]) -> bytes:
     """scores.csv: one score a line, floats that read back exactly, text that no spreadsheet computes."""
     from bench.text import csv_cell
 
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for score in scores:
-        writer.writerow([_cell(v) if not isinstance(v, str) else csv_cell(v) for v in asdict(score).values()])
-    return out.getvalue().encode()
+    rows = [COLUMNS]
+    rows += [[csv_cell(v) if isinstance(v, str) else _cell(v) for v in asdict(score).values()] for score in scores]
+    return "".join(",".join(map(_quoted, row)) + "\n" for row in rows).encode("utf-8", "surrogatepass")
+
+
+def _quoted(cell: str) -> str:
+    """csv.writer before Python 3.13 leaves a carriage return bare, and readers end the line there."""
+    return '"' + cell.replace('"', '""') + '"' if any(c in cell for c in ',"\r\n') else cell
 
 
 def _cell(value: Any) -> str:
@@ -367,11 +434,14 @@ def parse_scores(data: bytes, where: Path | str = "scores.csv") -> list[Score]:
         "str": csv_value,
     }
     kinds = {f.name: convert[str(f.type)] for f in fields(Score)}
-    scores = []
-    reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig")))
-    for row in reader:
-        try:
+    scores: list[Score] = []
+    reader = csv.DictReader(())
+    try:
+        text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogatepass")
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        for row in reader:
             scores.append(Score(**{k: kinds[k](v) for k, v in row.items() if k in kinds}))
-        except (ValueError, KeyError, TypeError) as e:
-            raise Error(f"{where} line {reader.line_num}: {e}", hint="it must have the columns " + ", ".join(COLUMNS)) from None
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as e:
+        hint = "it must have the columns " + ", ".join(COLUMNS)
+        raise Error(f"{where} line {reader.line_num}: {type(e).__name__}: {e}", hint=hint) from None
     return scores
