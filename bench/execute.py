@@ -371,7 +371,6 @@ def _meta(suite: Suite, label: str, manifest: Any, units: Sequence[Unit]) -> dic
         "manifests": [],
     }
     if manifest is not None:
-        clusters = {manifest.item(i).cluster or i for i in manifest.ids()}
         meta["manifests"] = [
             {
                 "name": manifest.name,
@@ -380,7 +379,7 @@ def _meta(suite: Suite, label: str, manifest: Any, units: Sequence[Unit]) -> dic
                 "redistribute": manifest.redistribute,
                 "sensitive": manifest.sensitive,
                 "items": len(manifest.ids()),
-                "clusters": len(clusters),
+                "clusters": manifest.num_clusters(),
             }
         ]
     return meta
@@ -430,7 +429,8 @@ def _preflight(plan: Plan, store: Store) -> None:
     from bench import door
 
     if plan.manifest is not None:
-        plan.manifest.check()
+        with store.digests() as plan.manifest.digests:
+            plan.manifest.check()
     door.make_folder(store.root / "runs")
     free = shutil.disk_usage(store.root).free
     if free < FREE_BYTES:

@@ -65,7 +65,8 @@ class Worker:
         if manifest is None and work.data is not None:
             from bench.manifest import load
 
-            self.manifest = load(work.data)
+            with self.store.digests() as digests:
+                self.manifest = load(work.data, digests=digests)
             if work.limit is not None:
                 self.manifest = self.manifest.subset(work.limit)
         _prepare_torch(work.how, device)
