@@ -67,10 +67,11 @@ def ssim_map(x: Any, y: Any, flavour: str = CANONICAL, data_range: float | None 
 
 
 def ms_ssim(x: Any, y: Any, data_range: float | None = None) -> np.ndarray:
-    """MS-SSIM of each pair, float64 [B]: five scales of `gauss11_valid`, 2 x 2 means between, an odd last row dropped.
+    """MS-SSIM of each pair, float64 [B]: five scales of `gauss11_valid`, 2 x 2 means between.
 
-    Per channel the product of contrast terms and the last scale's SSIM, each to its weight and negative ones taken as
-    0, then the mean over channels. Raises Error unless both sides exceed 160 px.
+    As pytorch-msssim has it: odd sides get zeros around before they are halved; per channel the product of contrast
+    terms and the last scale's SSIM, each to its weight and negative ones taken as 0, then the mean over channels.
+    Raises Error unless both sides exceed 160 px.
     """
     import torch
 
@@ -83,7 +84,8 @@ def ms_ssim(x: Any, y: Any, data_range: float | None = None) -> np.ndarray:
         whole, contrast = _means(x, y, FLAVOURS[CANONICAL], data_range, with_contrast=not last)
         product = product * (whole if last else contrast).clamp(min=0.0) ** weight
         if not last:
-            x, y = (torch.nn.functional.avg_pool2d(v.double(), 2) for v in (x, y))
+            odd = (x.shape[-2] % 2, x.shape[-1] % 2)
+            x, y = (torch.nn.functional.avg_pool2d(v.double(), 2, padding=odd) for v in (x, y))
     return product.mean(1).cpu().numpy()
 
 

@@ -1,0 +1,190 @@
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from bench.metrics import extractors
+from bench.metrics.extractors import full_precision, inception, resize_clean, resize_pytorch, resize_tf1
+from bench.metrics.frechet import Frechet, PairwiseFeatureDistance, frechet_from_features
+from bench.types import Error, Table, UsageError
+
+SIZES = [(64, 80), (256, 256), (400, 320), (299, 299)]
+
+
+def pictures(height, width, batch=2, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (batch, 3, height, width), generator=g, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_clean_resize_equals_clean_fid(size):
+    from cleanfid.resize import build_resizer
+
+    x = pictures(*size)
+    theirs = build_resizer("clean")
+    expected = np.stack([theirs(one.permute(1, 2, 0).numpy()).transpose(2, 0, 1) for one in x])
+    np.testing.assert_allclose(resize_clean(x.float(), 299).numpy(), expected, atol=2e-4)  # levels of 255
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_tf1_resize_equals_torch_fidelity(size):
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+    x = pictures(*size).float()
+    expected = interpolate_bilinear_2d_like_tensorflow1x(x, (299, 299), align_corners=False)
+    torch.testing.assert_close(resize_tf1(x, 299), expected, atol=1e-4, rtol=0)
+
+
+def test_pytorch_resize_by_hand():
+    x = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(1, 3, 4, 4)
+    assert resize_pytorch(x, 2)[0, 0, 0].tolist() == [0.5, 2.5]
+    up = resize_pytorch(x, 8)[0, 0, 0]
+    torch.testing.assert_close(up, torch.tensor([0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3.0]))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Random weights in the layout of the FID networks, kept near unit scale through the depth."""
+    import torchvision
+
+    with torch.device("meta"):
+        shapes = torchvision.models.Inception3(num_classes=1008, aux_logits=False, init_weights=False).state_dict()
+    g = torch.Generator().manual_seed(0)
+    state = {}
+    for name, like in shapes.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        fan = max(1, like[0].numel()) if like.dim() > 1 else 1
+        drawn = torch.randn(like.shape, generator=g) * (2 / fan) ** 0.5
+        positive = name.endswith(("running_var", "bn.weight"))
+        state[name] = drawn.abs().clamp(0.3, 1.5) if positive else drawn * (0.2 if like.dim() == 1 else 1.0)
+    folder = tmp_path_factory.mktemp("inception")
+    torch.save(state, folder / "inception.pth")
+    save_file(state, folder / "inception.safetensors")
+    return folder
+
+
+def test_graph_equals_torch_fidelity(weights):
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    theirs = FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights / "inception.pth")
+    )
+    x = pictures(120, 150)
+    with torch.no_grad():
+        expected = theirs(x)[0].numpy()
+    ours = inception(weights / "inception.safetensors", "tf1")(x)
+    assert ours.shape == (2, 2048) and ours.dtype == np.float32
+    assert expected.std() > 1e-3  # else equality would mean nothing
+    np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_resize_is_part_of_the_extractor(weights):
+    path = weights / "inception.safetensors"
+    x = pictures(100, 100)
+    found = {resize: inception(path, resize)(x) for resize in extractors.RESIZES}
+    assert not np.allclose(found["clean"], found["tf1"], rtol=1e-3)
+    assert not np.allclose(found["pytorch"], found["tf1"], rtol=1e-3)
+    assert inception(path, "tf1").fingerprint.startswith("inception-2015-12-05@")
+
+
+def test_torch_file_and_safetensors_agree(weights):
+    x = pictures(75, 75, 1)
+    ours = [inception(weights / f"inception.{kind}", "tf1")(x) for kind in ("pth", "safetensors")]
+    assert np.array_equal(*ours)
+
+
+def test_missing_and_foreign_weights_are_named(tmp_path):
+    with pytest.raises(Error, match="missing") as caught:
+        inception(tmp_path / "absent.pth")
+    assert caught.value.hint == "bench data fetch weights/inception-2015-12-05-pytorch-fid"
+    save_file({"layer.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(Error, match="not a state dict of Inception"):
+        inception(tmp_path / "other.safetensors")
+    with pytest.raises(UsageError, match="nearest"):
+        inception(tmp_path / "other.safetensors", "nearest")
+    with pytest.raises(UsageError, match="vit"):
+        extractors.opened("vit", Context())
+
+
+def test_precision_flags_are_put_back():
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    with torch.autocast("cpu", dtype=torch.bfloat16), full_precision():
+        assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
+
+
+class Context:
+    device = torch.device("cpu")
+
+
+@pytest.fixture
+def embedded():
+    from bench.mini import features
+
+    if not features.path().exists():
+        pytest.skip("the embedded feature network has not been trained yet")
+    return extractors.embedded()
+
+
+def test_embedded_features_are_a_pictures_own(embedded):
+    x = pictures(64, 96, 5)
+    whole = embedded(x)
+    assert whole.shape == (5, embedded.dim) and whole.dtype == np.float32
+    np.testing.assert_allclose(np.concatenate([embedded(x[i : i + 1]) for i in range(5)]), whole, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(embedded(x.float() / 127.5 - 1), whole, rtol=1e-4, atol=1e-4)
+    with pytest.raises(Error, match="at least 64 px"):
+        embedded(pictures(32, 64))
+
+
+def measured(metric, x, y, size=16):
+    rows, kept = [], {}
+    for start in range(0, len(x), size):
+        columns = metric.measure({"image": x[start : start + size], "recon": y[start : start + size]}, Context())
+        plain = {k: v for k, v in columns.items() if not isinstance(v, np.ndarray)}
+        count = len(x[start : start + size])
+        rows += [{"item": str(start + i), **{k: v[i] for k, v in plain.items()}} for i in range(count)]
+        for name in columns.keys() - plain.keys():
+            kept.setdefault(name, []).append(columns[name])
+    whole = {name: np.concatenate(parts) for name, parts in kept.items()}
+    return Table(rows, load_features=whole.__getitem__)
+
+
+def test_metrics_on_the_embedded_network(embedded):
+    x = pictures(64, 64, 160)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)) * 30
+    y = (x.float() + noise).clamp(0, 255).to(torch.uint8)
+    table = measured(Frechet(), x, y)
+    found = Frechet().reduce(table)
+    direct = frechet_from_features(embedded(y), embedded(x))
+    assert found[""].value == pytest.approx(direct, rel=1e-3)
+    assert found["corrected"].low < found["corrected"].value < found["corrected"].high
+    assert f"|net:{embedded.fingerprint}|" in Frechet().signature(table)
+
+    pairwise = PairwiseFeatureDistance()
+    expected = ((embedded(x).astype(float) - embedded(y)) ** 2).sum(1).mean()
+    estimate = pairwise.reduce(measured(pairwise, x, y))
+    assert estimate.value == pytest.approx(expected, rel=1e-3) and estimate.low < expected < estimate.high
+
+
+def test_one_pass_serves_both_metrics_but_not_a_changed_batch(embedded, monkeypatch):
+    passes = []
+
+    def counting(name, ctx):
+        def run(images):
+            passes.append(len(images))
+            return embedded(images)
+
+        run.fingerprint = embedded.fingerprint
+        return run
+
+    monkeypatch.setattr(extractors, "opened", counting)
+    media = {"image": pictures(64, 64, 2), "recon": pictures(64, 64, 2, seed=1)}
+    first = Frechet().measure(media, Context())
+    PairwiseFeatureDistance().measure(media, Context())
+    assert len(passes) == 2
+    media["recon"].zero_()  # a model that reuses its buffer
+    second = Frechet().measure(media, Context())
+    assert len(passes) == 3
+    assert not np.allclose(first["embedded/fake"], second["embedded/fake"])
