@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reconstruction(Suite):
+    """Fidelity, structure, distribution and rate of an autoencoder's reconstructions, as a named protocol defines them.
+
+    Raises UsageError for an unknown protocol, a size that is no multiple of 16 px, and a chunk below 1.
+    """
+
     data: Data = "photographs"
     protocol: str = "embedded"  # what exactly is compared, as in `suites.reconstruction.protocols`
     size: int = 256  # px, of the square pictures; a multiple of 16
@@ -36,7 +41,8 @@ class Reconstruction(Suite):
         except ValueError as e:
             raise UsageError(str(e), hint=f"one of {', '.join(protocols.PRESETS)}") from None
         if self.size < 16 or self.size % 16:
-            raise UsageError(f"size = {self.size} must be a multiple of 16 px", hint="Haar levels halve it four times")
+            near = max(16, round(self.size / 16) * 16)
+            raise UsageError(f"size = {self.size} must be a multiple of 16 px", hint=f"take {near}")
         if self.chunk < 1:
             raise UsageError(f"chunk = {self.chunk} must be 1 or more")
 

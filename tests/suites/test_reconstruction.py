@@ -22,7 +22,7 @@ def pictures(n=7):
     found = {}
     for i in range(n):
         kind = list(sources)[i % 2]
-        top = 40 * i
+        top = 11 * i
         crop = np.ascontiguousarray(sources[kind][top : top + SIZE, 100 : 100 + SIZE])
         found[f"{kind}-{i}"] = (crop, {"kind": kind, "cluster": f"{kind}-{i // 4}"})
     return FakeData(found)
@@ -283,6 +283,47 @@ def test_the_definition_is_kept_with_the_run():
     record = json.loads(data)
     assert name == "protocol.json" and record["hash"] == protocols.get("llamagen").hash()
     assert record["definition"]["ssim_range"] == 2.0 and record["departs"]
+
+
+@pytest.fixture
+def untrained_network(tmp_path, monkeypatch):
+    """The embedded feature network with random weights, so that this test needs no trained one."""
+    import torch
+    from safetensors.torch import save_file
+
+    from bench.metrics import extractors
+    from bench.mini import features
+
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.randn(v.shape, generator=generator) * 0.1 for name, v in features.build().state_dict().items()}
+    save_file(state, tmp_path / "features.safetensors")
+    monkeypatch.setattr(features, "path", lambda: tmp_path / "features.safetensors")
+    extractors.embedded.cache_clear()
+    yield
+    extractors.embedded.cache_clear()
+
+
+def test_every_score_of_the_default_protocol_is_there_and_complete(untrained_network):
+    from bench.identity import canonical
+
+    suite = Reconstruction(size=SIZE)
+    table, _ = measure(suite, Jpeg(20), pictures(40))
+    canonical(table.rows)  # can be stored: no NaN, no infinity, no foreign type
+    scores = {(score.metric, score.slice): score for score in suite.score(table)}
+    assert {slice for _, slice in scores} == {"all", "kind=scene", "kind=texture"}
+    assert {metric for metric, _ in scores} == {
+        *("bits-per-pixel", "bits-per-pixel.side", "psnr", "pairwise-embedded"),
+        *("frechet-embedded", "frechet-embedded.corrected"),
+        *(f"ssim{region}" for region in ("", ".edge", ".flat", ".dark", ".bright")),
+        *(f"region-psnr.{region}" for region in ("edge", "flat", "dark", "bright")),
+        *(f"{name}.{scale}" for name in ("bands", "sharpness") for scale in ("1", "2", "3", "4", "ll")),
+    }
+    assert all(score.complete for score in scores.values())
+    assert scores["psnr", "all"].n == 40 and scores["psnr", "kind=scene"].n == 20
+    assert scores["frechet-embedded", "all"].value > 0
+    assert "32 dimensions" in scores["frechet-embedded", "kind=scene"].note
+    bits = [(row["bits"] + row["side_bits"]) / row["pixels"] for row in table.rows]
+    assert scores["bits-per-pixel", "all"].value == pytest.approx(np.mean(bits))
 
 
 def test_importing_the_suite_loads_nothing_heavy():
