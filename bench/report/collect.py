@@ -121,16 +121,20 @@ def read_scores(file: Path, own: bool) -> list[Score]:
     """Rows of a CSV file, checked; `own` believes the column `source`."""
     from bench.store import parse_scores
 
+    hint = "it must be a scores.csv in UTF-8, with a row per score"
     try:
-        scores = parse_scores(file.read_bytes(), file)
+        data = file.read_bytes()
+        head = next(csv.reader(io.StringIO(data.decode("utf-8-sig"))), [])
+        missing = [name for name in ("suite", "model", "metric", "value") if name not in head]
+        if missing:
+            raise Error(f"{file} has no column {', '.join(missing)}", hint=hint)
+        scores = parse_scores(data, file)
     except OSError as e:
         raise Error(
             f"{file} cannot be read: {e.strerror}", hint="sources are `store` or CSV files beside the board"
         ) from None
-    except UnicodeDecodeError:
-        raise Error(f"{file} is not UTF-8", hint="save it as UTF-8") from None
-    except csv.Error as e:
-        raise Error(f"{file}: {e}", hint="it must be a CSV file") from None
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise Error(f"{file} is no table: {e}", hint=hint) from None
     return [_checked(s, f"{file} row {i}", own) for i, s in enumerate(scores, 1)]
 
 
@@ -261,7 +265,7 @@ def _read_source(found: Collection, source: str, out: Path) -> None:
     if own:
         found.kept = json.loads((out / "runs.json").read_text(encoding="utf-8"))
         found.limited = sorted({*found.limited, *found.kept["limited"]})
-        found.pairs = dict(read_pairs((out / "pairs.csv").read_text(encoding="utf-8")))
+        found.pairs = dict(read_pairs((out / "pairs.csv").read_bytes().decode()))
         known = {f.name for f in fields(Facts)}
         for run_id, entry in found.kept["runs"].items():
             if run_id not in found.facts and _selected(board, entry["suite"], entry["model"]):
@@ -389,18 +393,17 @@ def dump_pairs(pairs: Mapping[tuple[str, str, str], Estimate]) -> bytes:
     from bench.text import csv_cell
 
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
+    writer = csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # a bare carriage return ends a row
     writer.writerow(PAIR_COLUMNS)
     for (column, a, b), e in sorted(pairs.items()):
-        numbers = ["" if v is None else repr(v) for v in (e.value, e.low, e.high)]
-        writer.writerow([csv_cell(column), csv_cell(a), csv_cell(b), *numbers, csv_cell(e.method), e.n])
+        writer.writerow([*map(csv_cell, (column, a, b)), e.value, e.low, e.high, csv_cell(e.method), e.n])
     return out.getvalue().encode()
 
 
 def read_pairs(text: str) -> Iterator[tuple[tuple[str, str, str], Estimate]]:
     from bench.text import csv_value
 
-    for row in csv.DictReader(io.StringIO(text)):
+    for row in csv.DictReader(io.StringIO(text, newline="")):
         value, low, high = (float(row[k]) if row[k] else None for k in ("difference", "low", "high"))
         key = (csv_value(row["column"]), csv_value(row["run_a"]), csv_value(row["run_b"]))
         yield key, Estimate(value, low, high, csv_value(row["method"]), int(row["n"]))

@@ -43,11 +43,10 @@ class Drawing:
 
         out = io.StringIO()
         names = list(dict.fromkeys(k for row in self.rows for k in row))
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(names)
+        writer = csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+        writer.writerow(map(csv_cell, names))
         for row in self.rows:
-            cells = ("" if row.get(k) is None else row[k] for k in names)
-            writer.writerow([csv_cell(v) if isinstance(v, str) else repr(v) for v in cells])
+            writer.writerow([csv_cell(v) if isinstance(v, str) else v for v in (row.get(k) for k in names)])
         return out.getvalue().encode()
 
 
@@ -112,6 +111,7 @@ def render(
     }
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the page's font may have it
+        warnings.filterwarnings("ignore", "constrained_layout not applied")  # long labels
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(style)
         figure = Figure(figsize=size, layout="constrained")
@@ -213,7 +213,11 @@ def _axis(cell: Cell, found: Collection) -> str:
     )
     label = column.title if column else score.metric
     unit = f" ({score.unit})" if score.unit and score.unit not in ("1", label) else ""
-    return plain(label + unit) + {"higher": "  ↑", "lower": "  ↓"}.get(score.better, "")
+    return _shorter(plain(label + unit), 60) + {"higher": "  ↑", "lower": "  ↓"}.get(score.better, "")
+
+
+def _shorter(text: str, limit: int = 32) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _span(cell: Cell) -> tuple[float, float]:
@@ -338,7 +342,7 @@ def _forest(plot: Plot, found: Collection, order: Sequence[str]) -> tuple[list, 
             colour, marker = colours[family(k)]
             low, high = _span(cells[k])
             _points(axes, [cells[k].score.value], [y], colour, marker, xerr=[[low], [high]], size=5.5, width=1.4)
-        axes.set_yticks(range(len(shown)), shown)
+        axes.set_yticks(range(len(shown)), [_shorter(k) for k in shown])
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.spines["left"].set_visible(False)
         axes.set_ylim(len(shown) - 0.4, -0.6)
@@ -375,6 +379,7 @@ def _tag(axes: Any, tags: Sequence[tuple[float, float, str, str]], rise: float =
     pixel = axes.figure.dpi / 72
     gap, placed = 10.5 * pixel, []
     for x, y, text, colour in sorted(tags, key=lambda t: tuple(axes.transData.transform(t[:2])[::-1])):
+        text = _shorter(text)
         px, start = axes.transData.transform((x, y))
         py, width = start, (5.0 * len(text) + 6) * pixel
         for other_x, other_y, other_width in sorted(placed, key=lambda p: p[1]):

@@ -191,7 +191,8 @@ def interval(score: Score, digits: int) -> str:
     below, above = score.value - score.low, score.high - score.value
     width = max(below, above)
     if abs(below - above) < 0.5 * 10.0**-digits and min(below, above) >= 0:
-        more = digits if width == 0 or width >= 0.5 * 10.0**-digits else min(9, -math.floor(math.log10(width)))
+        hidden = 0 < width < 0.5 * 10.0**-digits  # then one significant digit says more than a row of zeros
+        more = min(9, -int(f"{width:.0e}".partition("e")[2])) if hidden else digits
         return "±" + number(width, more)
     return f"{number(score.low, digits)}–{number(score.high, digits)}"
 
