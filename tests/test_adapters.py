@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from io import BytesIO
@@ -11,11 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from bench.adapters.autoencoders import VAE, VideoVAE
+from bench import registry
+from bench.adapters.autoencoders import IMAGE_CLASSES, VAE, VideoVAE
 from bench.adapters.codecs import FORMATS, Codec
 from bench.adapters.toy import Toy, colour
 from bench.capabilities import held
+from bench.check import check
 from bench.types import Error, UsageError
+from bench.weights import EMBEDDED
 
 
 def picture(seed: int = 0, size: int = 48) -> np.ndarray:
@@ -191,7 +195,15 @@ def test_the_toy_says_what_it_cannot_do():
 
 
 def networks() -> dict:
-    from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLCosmos, AutoencoderTiny, VQModel
+    from diffusers import (
+        AutoencoderDC,
+        AutoencoderKL,
+        AutoencoderKLCosmos,
+        AutoencoderKLHunyuanVideo,
+        AutoencoderKLWan,
+        AutoencoderTiny,
+        VQModel,
+    )
 
     down, up = ("DownEncoderBlock2D",) * 3, ("UpDecoderBlock2D",) * 3
     blocks = {"block_out_channels": (8, 8, 16), "down_block_types": down, "up_block_types": up, "norm_num_groups": 4}
@@ -227,6 +239,18 @@ def networks() -> dict:
             latents_mean=None,
             latents_std=None,
         ),
+        "AutoencoderKLWan": lambda: AutoencoderKLWan(
+            base_dim=4,
+            z_dim=2,
+            dim_mult=[1, 2, 2, 2],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+            latents_mean=[0.0, 0.0],
+            latents_std=[1.0, 1.0],
+        ),
+        "AutoencoderKLHunyuanVideo": lambda: AutoencoderKLHunyuanVideo(
+            latent_channels=2, block_out_channels=(4, 8, 8, 8), layers_per_block=1, norm_num_groups=2
+        ),
     }
 
 
@@ -246,7 +270,7 @@ def saved(tmp_path_factory):
             for key, value in net.named_parameters():  # the same network in every run of the tests
                 noise = torch.randn(value.shape, generator=generator)
                 if value.dim() > 1:
-                    value.data = noise / math.sqrt(value[0].numel())
+                    value.data = 0.7 * noise / math.sqrt(value[0].numel())
                 elif key.endswith("bias"):
                     value.data = 0.05 * noise
             folder = tmp_path_factory.mktemp("networks") / name
@@ -324,18 +348,30 @@ def test_half_precision_counts_half_the_bits(saved):
     assert torch.equal(decoded, expected.float())
 
 
-def test_a_video_goes_through_cosmos_in_legal_lengths(saved):
-    net, folder = saved("AutoencoderKLCosmos")
+@pytest.mark.parametrize(
+    "name, frames, shape, illegal",
+    [
+        ("AutoencoderKLCosmos", 9, (4, 2, 4, 4), 8),
+        ("AutoencoderKLWan", 9, (2, 3, 4, 4), 8),
+        ("AutoencoderKLHunyuanVideo", 17, (2, 5, 4, 4), 8),  # 17: more than its own window of 16
+    ],
+)
+def test_a_video_goes_through_in_legal_lengths(saved, name, frames, shape, illegal):
+    net, folder = saved(name)
     vae = VideoVAE(folder)
-    clips = tensor(*[picture(seed, 32) for seed in range(9)]).transpose(0, 1)[None]
+    clips = tensor(*[picture(seed, 32) for seed in range(frames)]).transpose(0, 1)[None]
     latents = vae.encode_video(clips)
-    assert vae.temporal_factor == 8 and latents.data.shape == (1, 4, 2, 4, 4)
-    assert list(latents.bits) == [32 * 4 * 2 * 4 * 4]
+    assert vae.temporal_factor == (frames - 1) // (shape[1] - 1) and latents.data.shape == (1, *shape)
+    assert list(latents.bits) == [32 * math.prod(shape)]
+    decoded = vae.decode_video(latents)
+    net.use_framewise_encoding = net.use_framewise_decoding = False
     with torch.no_grad():
-        torch.testing.assert_close(vae.decode_video(latents), net(clips).sample, atol=1e-5, rtol=0)
-        assert net(clips[:, :, :8]).sample.shape[2] != 8  # why other lengths are refused
+        torch.testing.assert_close(decoded, net(clips).sample, atol=1e-5, rtol=0)
+        assert net(clips[:, :, :illegal]).sample.shape[2] != illegal  # why other lengths are refused
     with pytest.raises(Error, match="8 frames are not"):
-        vae.encode_video(clips[:, :, :8])
+        vae.encode_video(clips[:, :, :illegal])
+    assert torch.equal(vae.decode_video(latents, [5]), decoded) == (name == "AutoencoderKLCosmos")
+    assert torch.equal(vae.decode_video(latents, [5]), vae.decode_video(latents, [5]))
 
 
 def test_a_folder_that_is_not_a_whole_autoencoder_is_refused(saved, tmp_path):
@@ -376,6 +412,44 @@ def test_a_folder_that_is_not_a_whole_autoencoder_is_refused(saved, tmp_path):
     (part / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.VAE"}}))
     with pytest.raises(Error, match="names code"):
         VAE(part)
+
+
+# --- all of them
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, "AutoencoderKLWan", "AutoencoderKLHunyuanVideo"])
+def test_saved_networks_conform(saved, name):
+    """No finding but those about pictures: these networks were never trained."""
+    _, folder = saved(name)
+    video = name in ("AutoencoderKLWan", "AutoencoderKLHunyuanVideo")
+    findings = check(VideoVAE(folder) if video else VAE(folder), size=32)
+    assert len(findings) > 10
+    assert not [f for f in findings if f.status == "fail"], findings
+
+
+def openable() -> list:
+    """Our registered adapters that open without arguments, and the embedded autoencoders."""
+    names = [e.name for e in registry.entries("adapters") if e.builtin]
+    embedded = [p.parent.name for p in sorted(EMBEDDED.glob("*/config.json"))]
+    made = []
+    for name in names:
+        parameters = inspect.signature(registry.find("adapters", name)).parameters.values()
+        needed = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+        if not needed:
+            made.append((name, {}))
+        elif name == "vae":
+            made += [(name, {"weights": w}) for w in embedded if class_of(w) in IMAGE_CLASSES]
+    return made
+
+
+def class_of(weights: str) -> str | None:
+    return json.loads((EMBEDDED / weights / "config.json").read_text()).get("_class_name")
+
+
+@pytest.mark.parametrize("name, arguments", openable())
+def test_registered_adapters_conform(name, arguments):
+    findings = check(registry.find("adapters", name)(**arguments), size=64)
+    assert not [f for f in findings if f.status == "fail"], findings
 
 
 def test_capabilities_are_read_from_the_class():

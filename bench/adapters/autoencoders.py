@@ -1,4 +1,4 @@
-"""Autoencoders in the format of diffusers: AutoencoderKL, AutoencoderTiny, VQModel, AutoencoderDC, Cosmos."""
+"""Autoencoders in the format of diffusers, of images and of videos."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IMAGE_CLASSES = ("AutoencoderKL", "AutoencoderTiny", "VQModel", "AutoencoderDC", "AutoencoderKLCosmos")
-VIDEO_CLASSES = ("AutoencoderKLCosmos",)
+VIDEO_CLASSES = ("AutoencoderKLCosmos", "AutoencoderKLWan", "AutoencoderKLHunyuanVideo")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -103,7 +103,8 @@ class VideoVAE:
     """A causal video autoencoder: the first frame alone, then groups of `temporal_factor` frames.
 
     As VAE, for clips of 1 + k * temporal_factor frames; other lengths raise Error, because the network would return
-    another number of frames than it was given.
+    another number of frames than it was given. Clips are coded whole, without tiles in space or time. Wan and
+    HunyuanVideo have a posterior to draw from, Cosmos has none.
     """
 
     def __init__(
@@ -115,7 +116,11 @@ class VideoVAE:
     ):
         self.net = _open(weights, dtype, VIDEO_CLASSES).to(device)
         self.factor = _factor(self.net)  # px of a frame's side per latent
-        self.temporal_factor = self.net.config.temporal_compression_ratio  # frames per latent, after the first
+        wan = type(self.net).__name__ == "AutoencoderKLWan"
+        config = self.net.config  # frames per latent, after the first
+        self.temporal_factor = config.scale_factor_temporal if wan else config.temporal_compression_ratio
+        if hasattr(self.net, "use_framewise_encoding"):  # HunyuanVideo would cut long clips into overlapping pieces
+            self.net.use_framewise_encoding = self.net.use_framewise_decoding = False
         self.device = device
 
     def encode_video(self, clips: Tensor) -> Latents:
@@ -129,10 +134,11 @@ class VideoVAE:
                 hint="choose another length; a protocol may repeat the last frame and cut it off again",
             )
         with torch.no_grad():
-            return _continuous(self.net.encode(clips.to(self.device, self.net.dtype)).latent_dist.mode())
+            posterior = self.net.encode(clips.to(self.device, self.net.dtype)).latent_dist
+            return _continuous(posterior.mode(), getattr(posterior, "std", None))
 
     def decode_video(self, latents: Tensor | Latents, seeds: Sequence[int] | None = None) -> Tensor:
-        """float32 [B, 3, T, H, W], not clamped; seeds change nothing, as there is no posterior."""
+        """float32 [B, 3, T, H, W], not clamped; seeds as for VAE."""
         import torch
 
         with torch.no_grad():
@@ -192,8 +198,10 @@ def _factor(net: Any) -> int:
     """Pixels of the side of an image per latent."""
     config = net.config
     kind = type(net).__name__
-    if kind == "AutoencoderKLCosmos":
+    if kind in ("AutoencoderKLCosmos", "AutoencoderKLHunyuanVideo"):
         return config.spatial_compression_ratio
+    if kind == "AutoencoderKLWan":
+        return config.scale_factor_spatial
     if kind == "AutoencoderTiny":
         return 2 ** (len(config.num_encoder_blocks) - 1)
     return 2 ** (len(config.encoder_block_out_channels if kind == "AutoencoderDC" else config.block_out_channels) - 1)
