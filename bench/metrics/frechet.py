@@ -388,7 +388,10 @@ class Frechet:
         n = len(table)
         if n < 2:
             return self._withheld(table, f"n = {n}: a covariance needs two pairs")
-        real, fake = table.features(f"{self.extractor}/real"), table.features(f"{self.extractor}/fake")
+        try:
+            real, fake = table.features(f"{self.extractor}/real"), table.features(f"{self.extractor}/fake")
+        except KeyError:  # no unit kept them: missing, not withheld
+            return {"": Estimate(None), "corrected": Estimate(None)}
         d = real.shape[1]
         try:
             check_features(real, "reference")

@@ -77,7 +77,9 @@ def lpips(judge: Judge, x: Any, y: Any) -> np.ndarray:
     distances = []
     with torch.no_grad(), full_precision():
         for layers in _differences(judge, x, y):
-            distances.append(sum(head_of_square.mean(dtype=torch.float64) for head_of_square in layers).item())
+            distances.append(sum(layer.mean(dtype=torch.float64) for layer in layers).item())
+    if not np.isfinite(distances).all():
+        raise Error(f"LPIPS {judge.net} gave NaN or infinity", hint="are the pictures in [-1, 1]?")
     return np.array(distances, dtype=np.float64)
 
 

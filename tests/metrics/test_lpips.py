@@ -16,7 +16,7 @@ def heads(net):
     path = DATA / "weights" / "lpips_lin" / f"{net}.pth"
     if not path.exists():
         pytest.skip(f"linear heads ../shared/data/weights/lpips_lin/{net}.pth are absent")
-    return read_state(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 @cache
