@@ -12,7 +12,7 @@ from bench.types import Error, Estimate
 
 Z = 1.959963984540054  # the 97.5 % quantile of the normal law
 LARGEST = 1e150  # squares of what is larger leave float64
-CELLS = 4_000_000  # draws of the bootstrap held at once, 64 MB
+GROUPS = 1_000  # more clusters than this are dealt at random into so many before they are resampled
 
 
 def proportion(successes: int, n: int) -> Estimate:
@@ -95,8 +95,9 @@ def ratio(
 
     `transform` is monotone, such as `lambda r: 10 * np.log10(r)`. Whole clusters are drawn with replacement; the
     percentile interval is expanded to the width that t has over the normal law with G clusters (Hesterberg 2015,
-    section 5.3): 5 clusters covered 94 %, without it 85 %. No value where the denominators sum to zero or the
-    transform of the ratio is not finite; no interval from one cluster, or where a bound is not finite.
+    section 5.3): 5 clusters covered 94 %, without it 85 %. More than 1,000 clusters are dealt into 1,000 groups first,
+    which costs the width 2 % of noise. No value where the denominators sum to zero or the transform of the ratio is
+    not finite; no interval from one cluster, or where a bound is not finite.
     """
     numerators, denominators = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
     if numerators.shape != denominators.shape:
@@ -111,19 +112,19 @@ def ratio(
     with np.errstate(divide="ignore", invalid="ignore"):
         value = float(finish(np.float64(math.fsum(top)) / np.float64(math.fsum(bottom))))
     if not math.isfinite(value):
-        return Estimate(None, n=n, note="the ratio is not finite: a sum is zero")
+        note = "the ratio is not finite: a sum is zero" if n == len(absent) else ""  # a note calls the score complete
+        return Estimate(None, n=n, note=note)
+    rng = np.random.Generator(np.random.Philox(key=int(digest(["bootstrap", seed])[:32], 16)))
     index = np.arange(n) if kept is None else _index(kept)
     num_clusters = int(index.max()) + 1
     if num_clusters == 1:
         return Estimate(value, n=n)
+    if num_clusters > GROUPS:
+        index, num_clusters = rng.permutation(num_clusters)[index] % GROUPS, GROUPS
     tops, bottoms = np.bincount(index, top), np.bincount(index, bottom)
-    rng = np.random.Generator(np.random.Philox(key=int(digest(["bootstrap", seed])[:32], 16)))
-    drawn = np.empty(replicates)
-    step = max(1, CELLS // num_clusters)
-    for start in range(0, replicates, step):
-        picks = rng.integers(num_clusters, size=(min(step, replicates - start), num_clusters))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            drawn[start : start + step] = finish(tops[picks].sum(1) / bottoms[picks].sum(1))
+    picks = rng.integers(num_clusters, size=(replicates, num_clusters))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        drawn = finish(tops[picks].sum(1) / bottoms[picks].sum(1))
     tail = _normal_tail(math.sqrt(num_clusters / (num_clusters - 1)) * _t_quantile(num_clusters - 1))
     low, high = np.quantile(drawn, [tail, 1 - tail]) if np.isfinite(drawn).all() else (np.nan, np.nan)
     method = f"cluster-bootstrap/{replicates}"
