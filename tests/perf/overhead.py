@@ -82,7 +82,7 @@ def chunks(paths: list[Path]) -> list[list[Path]]:
 def harness(folder: Path, model, store: Path, repeat: int):
     """A whole run: specification, hashes of the pictures, records on disk, reduction, scores.csv."""
     from bench.config import How
-    from bench.execute import Observer, execute
+    from bench.execution import Observer, execute
     from bench.store import Store
 
     how = How(store=str(store), devices="cpu", batch=BATCH, keep="none", threads=1)
