@@ -47,7 +47,7 @@ def raw_distance(
     lower = _cholesky(cov2)
     if lower is not None and not strict:
         inner = lower.T @ cov1 @ lower
-        eigenvalues = np.linalg.eigvalsh((inner + inner.T) / 2)
+        eigenvalues = np.linalg.eigvalsh(inner)
         if eigenvalues[0] > eigenvalues[-1] * len(eigenvalues) * EPSILON:  # below, a root would magnify rounding
             return scale - 2.0 * float(np.sqrt(eigenvalues).sum()), scale
     other = _cholesky(cov1)
@@ -69,7 +69,7 @@ def frechet_from_features(a: np.ndarray, b: np.ndarray, strict: bool = False) ->
 
 
 def check_features(features: Any, which: str = "feature") -> np.ndarray:
-    """float64 [n, d] of a feature array; raises Error unless it is 2-D, finite, n > 1, d > 1 and not all rows equal."""
+    """Float [n, d] of a feature array; raises Error unless it is 2-D, finite, n > 1, d > 1 and not all rows equal."""
     array = np.asarray(features)
     if array.ndim != 2:
         raise Error(f"the {which} set must be [n, d], not of shape {list(array.shape)}", hint="one row per sample")
@@ -78,12 +78,23 @@ def check_features(features: Any, which: str = "feature") -> np.ndarray:
         raise Error(f"the {which} set has d = {d}", hint="a flattened buffer? features are [n, d] with d > 1")
     if n < 2:
         raise Error(f"the {which} set has {n} row{'' if n == 1 else 's'}; a covariance needs two")
-    array = array.astype(np.float64)
+    if array.dtype not in (np.float32, np.float64):
+        array = array.astype(np.float64)
     if not np.isfinite(array).all():
         raise Error(f"the {which} set holds NaN or infinity")
     if (array == array[0]).all():
         raise Error(f"the {which} set has no variance: all {n} rows are equal")
     return array
+
+
+def mean_and_covariance(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float64 [d] and unbiased [d, d] of features [n, d], n > 1, in blocks: no float64 copy of the whole."""
+    mean = features.mean(axis=0, dtype=np.float64)
+    second = np.zeros((len(mean), len(mean)))
+    for start in range(0, len(features), BLOCK):
+        x = features[start : start + BLOCK] - mean
+        second += x.T @ x  # NumPy sees A'A and calls syrk
+    return mean, second / (len(features) - 1)
 
 
 class Moments:
@@ -192,7 +203,7 @@ class Moments:
             rows = np.concatenate(self._waiting)
             self._waiting = []
             self._sum += rows.sum(axis=0)
-            self._second += rows.T @ rows  # NumPy sees A'A and calls syrk
+            self._second += rows.T @ rows
 
     def _need(self, n: int) -> None:
         self._settle()
@@ -219,20 +230,26 @@ def influence(fake: np.ndarray, real: np.ndarray) -> Influence:
     optimal transport map between the Gaussians; for the reference the same with T's inverse, on its support.
     """
     fake, real = check_features(fake, "first"), check_features(real, "second")
-    mean_fake, mean_real = fake.mean(axis=0), real.mean(axis=0)
-    x, y = fake - mean_fake, real - mean_real
-    cov_fake, cov_real = x.T @ x / (len(x) - 1), y.T @ y / (len(y) - 1)
+    mean_fake, cov_fake = mean_and_covariance(fake)
+    mean_real, cov_real = mean_and_covariance(real)
     factor, inverse = _support(cov_real)  # [d, k], [k, d]: factor factor' = S_r
-    inner = factor.T @ cov_fake @ factor
-    eigenvalues, vectors = np.linalg.eigh((inner + inner.T) / 2)
+    eigenvalues, vectors = np.linalg.eigh(factor.T @ cov_fake @ factor)
     kept = eigenvalues > eigenvalues[-1] * len(eigenvalues) * EPSILON
     quarter, vectors = eigenvalues[kept] ** 0.25, vectors[:, kept]
-    forward = (x @ factor) @ vectors / quarter  # |row|^2 = x'Tx
-    backward = (y @ inverse.T) @ vectors * quarter  # |row|^2 = y'T^-1 y
     difference = mean_fake - mean_real
-    of_fake = 2.0 * (x @ difference) + (x * x).sum(1) - (forward * forward).sum(1)
-    of_real = -2.0 * (y @ difference) + (y * y).sum(1) - (backward * backward).sum(1)
+    of_fake = _quadratic(fake, mean_fake, 2.0 * difference, factor @ vectors / quarter)  # |x P|^2 = x'Tx
+    of_real = _quadratic(real, mean_real, -2.0 * difference, inverse.T @ vectors * quarter)  # |y Q|^2 = y'T^-1 y
     return Influence(of_fake - of_fake.mean(), of_real - of_real.mean())
+
+
+def _quadratic(rows: np.ndarray, mean: np.ndarray, slope: np.ndarray, projection: np.ndarray) -> np.ndarray:
+    """slope'x + |x|^2 - |x projection|^2 of each centred row x, float64 [n]."""
+    found = np.empty(len(rows))
+    for start in range(0, len(rows), BLOCK):
+        x = rows[start : start + BLOCK] - mean
+        projected = x @ projection
+        found[start : start + BLOCK] = x @ slope + (x * x).sum(1) - (projected * projected).sum(1)
+    return found
 
 
 class Corrected(NamedTuple):
@@ -289,22 +306,23 @@ def _halves(clusters: np.ndarray, generator: np.random.Generator) -> tuple[np.nd
 
 
 def _raw_from_features(a: np.ndarray, b: np.ndarray, strict: bool) -> tuple[float, float]:
-    (n, d), m = a.shape, len(b)
-    mean_a, mean_b = a.mean(axis=0), b.mean(axis=0)
-    a, b = a - mean_a, b - mean_b
-    if min(n, m) > d:
-        return raw_distance(mean_a, a.T @ a / (n - 1), mean_b, b.T @ b / (m - 1), strict)
-    difference = mean_a - mean_b
+    d = a.shape[1]
+    if min(len(a), len(b)) > d:
+        return raw_distance(*mean_and_covariance(a), *mean_and_covariance(b), strict)
+    difference = a.mean(axis=0, dtype=np.float64) - b.mean(axis=0, dtype=np.float64)
     factor_a, factor_b = _factor(a), _factor(b)
     scale = float(difference @ difference + (factor_a**2).sum() + (factor_b**2).sum())
     return scale - 2.0 * float(np.linalg.svd(factor_a @ factor_b.T, compute_uv=False).sum()), scale
 
 
-def _factor(centred: np.ndarray) -> np.ndarray:
+def _factor(rows: np.ndarray) -> np.ndarray:
     """[k, d] with factor' factor = the unbiased covariance, k = min(n, d)."""
-    n, d = centred.shape
-    scaled = centred / np.sqrt(n - 1)
-    return scaled if n <= d else np.linalg.qr(scaled, mode="r")
+    n, d = rows.shape
+    if n <= d:
+        return (rows - rows.mean(axis=0, dtype=np.float64)) / np.sqrt(n - 1)
+    cov = mean_and_covariance(rows)[1]
+    lower = _cholesky(cov)
+    return (_root(cov) if lower is None else lower).T
 
 
 def _gaussian(mean: Any, cov: Any, which: str) -> tuple[np.ndarray, np.ndarray]:
