@@ -265,7 +265,10 @@ class RegionPSNR:
         return {f"{self.name}.{region}": [one[region] for one in found] for region in regions.REGIONS}
 
     def reduce(self, table):
-        return {region: _region_mean(table, f"{self.name}.{region}") for region in regions.REGIONS}
+        return {
+            region: _region_mean(table, f"{self.name}.{region}", "no such area, or no error in it")
+            for region in regions.REGIONS
+        }
 
     def signature(self, table):
         return f"region-psnr|range:255|round|min:{regions.MIN_PIXELS}px|v:{self.version}"
@@ -296,7 +299,9 @@ class RegionSSIM:
         return {_suffixed(self.name, region): [one[region] for one in found] for region in ("", *regions.REGIONS)}
 
     def reduce(self, table):
-        found = {region: _region_mean(table, _suffixed(self.name, region)) for region in regions.REGIONS}
+        found = {
+            region: _region_mean(table, _suffixed(self.name, region), "no such area") for region in regions.REGIONS
+        }
         return {"": self.metric.reduce(table), **found}
 
     def signature(self, table):
@@ -307,14 +312,15 @@ def _suffixed(name: str, suffix: str) -> str:
     return f"{name}.{suffix}" if suffix else name
 
 
-def _region_mean(table: Table, column: str) -> Estimate:
+def _region_mean(table: Table, column: str, reason: str) -> Estimate:
+    """The mean over the rows that have the region; `reason` says why the others have none."""
     from bench import stats
 
     found = stats.mean(table.values(column), clusters=table.clusters(), seed=table.seed)
     without = len(table) - found.n
     if not without or len(table) < table.expected:  # a note would say that nothing is missing
         return replace(found, note="")
-    return replace(found, note=f"{without} without such an area of {regions.MIN_PIXELS} px, or without error in it")
+    return replace(found, note=f"{without} with {reason}")
 
 
 def _decibels(ratio: np.ndarray) -> np.ndarray:

@@ -120,9 +120,7 @@ def test_regions_reduce_to_means_and_say_what_they_left_out():
             assert estimate.value == pytest.approx(np.mean(values))
         else:
             assert estimate.value is None
-        assert (estimate.n == len(table)) or estimate.note.startswith(
-            f"{len(table) - len(values)} without such an area"
-        )
+        assert (estimate.n == len(table)) or estimate.note.startswith(f"{len(table) - len(values)} with no such area")
     assert found["edge"].value < found["flat"].value  # JPEG rings at edges
 
 
