@@ -11,7 +11,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -380,7 +380,7 @@ def _labelled(rows: Mapping[str, Row]) -> list[Row]:
 
 def dump_runs(found: Collection, tiles: Mapping[str, Any]) -> bytes:
     """runs.json: the facts and the pictures of the page, so that it can be drawn without the store."""
-    runs = {run_id: asdict(facts) for run_id, facts in sorted(found.facts.items())}
+    runs = {run_id: vars(facts) for run_id, facts in sorted(found.facts.items())}
     value = {"format": 1, "runs": runs, "limited": sorted(found.limited), "tiles": tiles}
     return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 

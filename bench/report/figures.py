@@ -24,6 +24,7 @@ MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
 WHISKER = 0.45  # opacity
 MOST = 40  # models in a forest, and lines in a profile stay readable below MOST_LINES
 MOST_LINES = 8
+MOST_FAMILIES = 16  # named in a scatter; the rest are grey points
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,11 @@ def _scatter(plot: Plot, found: Collection, order: Sequence[str]) -> tuple[list,
         for k in labels:
             groups.setdefault(family(k), []).append(k)
         tags = []
-        for name, members in groups.items():
+        loud = list(dict.fromkeys(family(k) for k in order if family(k) in groups))[:MOST_FAMILIES]
+        quiet = [k for name, members in groups.items() if name not in loud for k in members]
+        axes.scatter([xs[k].score.value for k in quiet], [ys[k].score.value for k in quiet], s=6, color=MUTED, zorder=1)
+        for name in sorted(loud):
+            members = groups[name]
             colour, marker = colours[name]
             x, y = ([v[k].score.value for k in members] for v in (xs, ys))
             spans = [list(zip(*(_span(v[k]) for k in members), strict=True)) for v in (xs, ys)]

@@ -10,7 +10,7 @@ import numpy as np
 
 from bench import stats
 from bench.report.collect import Cell, Collection
-from bench.types import Estimate, Table
+from bench.types import Estimate, Score, Table
 
 
 class Differences:
@@ -47,10 +47,13 @@ class Differences:
         values = [r.values(c) for r, c in zip(rows, (a, b), strict=True)]
         if values[0] is None or values[1] is None:
             return None
-        shared = [k for k in values[0] if k in values[1]]
-        clusters = [rows[0].cluster[k] for k in shared]
-        sides = (np.array([v[k] for k in shared]) for v in values)
-        return stats.paired_difference(*sides, clusters, a.facts.seed)
+        first, second = rows
+        if first.keys == second.keys:
+            return stats.paired_difference(*values, first.clusters, a.facts.seed)
+        places = {key: i for i, key in enumerate(second.keys)}
+        shared = [i for i, key in enumerate(first.keys) if key in places]
+        sides = values[0][shared], values[1][[places[first.keys[i]] for i in shared]]
+        return stats.paired_difference(*sides, [first.clusters[i] for i in shared], a.facts.seed)
 
     def _load(self, run_id: str) -> _Rows | None:
         if run_id not in self._rows:
@@ -71,14 +74,20 @@ class _Rows:
             item = str(row["item"])
             seen[item] = seen.get(item, 0) + 1
             self.keys.append((item, seen[item]))  # an item may stand in several rows: one per sample
-        self.cluster = dict(zip(self.keys, table.clusters(), strict=True))
+        self.clusters = table.clusters()
         present = {name for row in table.rows for name in row}
         self.columns = {name: table.values(name) for name in names & present}
         self.slices = {name: table.column(name) for name in slices & present}
+        self._found: dict[tuple[str, str], np.ndarray | None] = {}
 
-    def values(self, cell: Cell) -> dict[tuple[str, int], float] | None:
-        """Per item the values whose mean is the score; None where the score is no mean of one column."""
-        score = cell.score
+    def values(self, cell: Cell) -> np.ndarray | None:
+        """Per row the values whose mean is the score, NaN elsewhere; None where the score is no mean of one column."""
+        key = (cell.score.metric, cell.score.slice)
+        if key not in self._found:
+            self._found[key] = self._find(cell.score)
+        return self._found[key]
+
+    def _find(self, score: Score) -> np.ndarray | None:
         picked = np.ones(len(self.keys), bool)
         if score.slice != "all":
             name, _, value = score.slice.partition("=")
@@ -91,7 +100,7 @@ class _Rows:
                 if np.isfinite(values).any() and math.isclose(
                     np.nanmean(values), score.value, rel_tol=1e-6, abs_tol=1e-12
                 ):
-                    return {k: v for k, v in zip(self.keys, values.tolist(), strict=True) if not math.isnan(v)}
+                    return values
         return None
 
 
