@@ -37,7 +37,7 @@ from bench.types import (
 _LAZY = {
     "LocalEngine": "bench.engine",
     "Store": "bench.store",
-    "execute": "bench.execute",
+    "execute": "bench.execution",
     "load": "bench.report",
     "load_weights": "bench.weights",
     "check_folder": "bench.weights",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
+import io
 import os
 import signal
 import sys
@@ -240,6 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in (argv if argv is not None else sys.argv)
     for number, code in ((signal.SIGTERM, 143), (signal.SIGHUP, 129)):
         signal.signal(number, _ending(code))
+    _open_streams()
     try:
         code = _run(argv)
         sys.stdout.flush()
@@ -257,16 +260,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_stdout()
         return 0
     except OSError as e:
-        if debug or e.filename:
+        if debug:
             raise
+        where = f"{e.filename}: " if e.filename else "" if e.errno == errno.ENOENT else "cannot write: "
         _drop_stdout()
-        _complain(Error(f"cannot write: {e.strerror}", hint="nothing that was recorded is lost"))
+        _complain(Error(f"{where}{e.strerror or e}", hint="what was recorded before is still there"))
         return 1
 
 
 def _run(argv: Sequence[str] | None) -> int:
     top = parser()
     args = top.parse_args(argv)
+    args.typed = list(sys.argv[1:] if argv is None else argv)
     if args.version:
         from importlib.metadata import version
 
@@ -278,6 +283,20 @@ def _run(argv: Sequence[str] | None) -> int:
     from bench import verbs
 
     return getattr(verbs, "listing" if args.verb == "list" else args.verb)(args)
+
+
+def _open_streams() -> None:
+    """Gives a closed descriptor 0, 1 or 2 to nobody else, and lets any text out on any terminal."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, io.TextIOWrapper(io.FileIO(fd, "w", closefd=False)))
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def _ending(code: int):

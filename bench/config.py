@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import os
 import tomllib
 import types
@@ -166,7 +167,7 @@ def bind(
                 how[p] = value
         else:
             what[p] = value
-            if _is(kind, Weights):
+            if _is(kind, Weights) or _is(kind, Path):
                 weights.add(p)
         origins[p] = Value(value, origin)
     return Arguments(what, how, frozenset(weights), origins, "device" in known)
@@ -203,12 +204,13 @@ def convert(value: Any, kind: Any, where: str) -> Any:
     if kind in (int, float):
         if isinstance(value, bool):
             raise UsageError(f"{where}: {value!r} is not a number")
+        wanted = "a whole number" if kind is int else "a finite number"
         try:
             number = kind(value)
-        except (TypeError, ValueError):
-            raise UsageError(f"{where}: {value!r} is not {'a whole number' if kind is int else 'a number'}") from None
-        if (kind is int and float(value) != number) or number != number or number in (float("inf"), float("-inf")):
-            raise UsageError(f"{where}: {value!r} is not {'a whole' if kind is int else 'a finite'} number")
+            if not math.isfinite(number) or (isinstance(value, float) and value != number):
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
+            raise UsageError(f"{where}: {str(value)[:60]!r} is not {wanted}") from None
         return number
     if isinstance(kind, type) and issubclass(kind, (str, Path)):
         if not isinstance(value, (str, Path)):
@@ -309,10 +311,18 @@ def read_plan(path: Path) -> dict[str, Any]:
                 ("params", dict),
                 ("model_args", dict),
                 ("seeds", list),
+                ("limit", int),
+                ("name", str),
             ):
-                if name in step and not isinstance(step[name], needed):
-                    raise Error(f"{path}: {key} {i}: {name} has the wrong type", hint=f"it must be {needed.__name__}")
+                if name in step and (not isinstance(step[name], needed) or isinstance(step[name], bool)):
+                    must = {str: "text", dict: "a table", list: "a list", int: "a whole number"}[needed]
+                    raise Error(f"{path}: {key} {i}: {name} has the wrong type", hint=f"it must be {must}")
+            for name, value in (("seeds", step.get("seeds")), *step.get("params", {}).items()):
+                if value == []:
+                    raise Error(f"{path}: {key} {i}: {name} is an empty list", hint="nothing would be done")
             for name in {"run": ("suite", "model"), "train": ("recipe", "out"), "board": ("name",)}[key]:
                 if name not in step:
-                    raise Error(f"{path}: {key} {i} needs {name}")
+                    raise Error(f"{path}: {key} {i} needs {name}", hint=f"add {name} = …")
+    if not any(plan.get(key) for key in steps):
+        raise Error(f"{path} names nothing to do", hint="a plan has [[run]], [[train]] or [[board]]")
     return plan

@@ -205,4 +205,7 @@ def _serve(work: Work, device: str, pipe: Any) -> None:
         except Stop as e:
             answer = ("stop", (str(e), e.hint))
         sys.stderr.flush()
-        pipe.send(answer)
+        try:
+            pipe.send(answer)
+        except OSError:
+            return  # the driver has ended

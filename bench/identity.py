@@ -19,7 +19,7 @@ def canonical(value: Any) -> str:
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as e:
-        raise Error(f"cannot be part of an identity: {e}") from None
+        raise Error(f"cannot be written as JSON: {e}") from None
 
 
 def digest(value: Any) -> str:

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from bench.execute import Observer
+from bench.execution import Observer
 from bench.store import Run
 from bench.text import duration
-from bench.types import Record, Unit
+from bench.types import Record, Stop, Unit
 
 
 class Bar(Observer):
@@ -69,9 +69,11 @@ class Bar(Observer):
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         if self.progress:
             self.progress.stop()
-        if self.run and kind is not None and not issubclass(kind, Exception):
-            self.say(f"interrupted. {self.saved} units were saved, and are on disk.")
-            self.say(f"continue with:\n  {self.again}")
+        if kind is None or (issubclass(kind, Exception) and not issubclass(kind, Stop)):
+            return
+        saved = f"{self.saved} unit{'' if self.saved == 1 else 's'} saved" if self.run else "nothing was measured yet"
+        self.say(f"{'stopped' if issubclass(kind, Stop) else 'interrupted'}. {saved}")
+        self.say(f"continue with:\n  {self.again}")
 
 
 class TrainingBar:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.identity import file_digest
+from bench.recipe import Recipe
+from bench.suite import Suite
 from bench.types import Error, UsageError
 
 KINDS = ("suites", "recipes", "adapters", "fits")
@@ -48,7 +51,7 @@ def find(kind: str, name: str) -> Any:
     name with two owners.
     """
     if is_path(name):
-        return _from_file(name)
+        return _checked(kind, name, _from_file(name))
     matching = [e for e in entries(kind) if e.name == name]
     if len(matching) > 1:
         raise Error(
@@ -70,15 +73,36 @@ def load(entry: Entry) -> Any:
     """Imports what an entry names; raises Error with the reason when that fails."""
     module, _, attribute = entry.value.partition(":")
     try:
-        found = importlib.import_module(module)
+        with contextlib.redirect_stdout(sys.stderr):
+            found = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except Exception as e:  # a plugin's own fault, whatever it is, must not look like ours
+    except (Exception, SystemExit) as e:  # a plugin's own fault, whatever it is, must not look like ours
         raise Error(
             f"{entry.kind[:-1]} {entry.name!r} is broken: {module}: {type(e).__name__}: {e}",
             hint=f"mend or reinstall {entry.owner}",
         ) from e
-    return found
+    return _checked(entry.kind, entry.name, found)
+
+
+def _checked(kind: str, name: str, found: Any) -> Any:
+    """What was found, if it is what its kind asks for."""
+    base = {"suites": Suite, "recipes": Recipe}.get(kind)
+    if base and not (isinstance(found, type) and issubclass(found, base)):
+        wrong, hint = f"not a class derived from bench.{base.__name__}", "name the class itself"
+    elif not callable(found):
+        wrong, hint = "not callable", "name a class or a function"
+    else:
+        return found
+    raise Error(f"{kind[:-1]} {name!r} is broken: it is {wrong}", hint=hint)
+
+
+def identity(name: str) -> str:
+    """An adapter's name as a specification holds it. A file at hand is the model: its SHA-256 goes with it."""
+    if not is_path(name):
+        return name
+    path, _, attribute = name.partition(":")
+    return f"{Path(path).name}:{attribute}@{file_digest(Path(path).expanduser())[:16]}"
 
 
 def is_path(name: str) -> bool:
@@ -112,8 +136,9 @@ def _module(path: Path) -> Any:
     print(f"running {path} (sha256 {file_digest(path)[:12]})", file=sys.stderr)
     sys.path.insert(0, str(path.parent))
     try:
-        spec.loader.exec_module(module)
-    except Exception as e:  # the user's own file: say what it raised, keep the trace for them
+        with contextlib.redirect_stdout(sys.stderr):  # stdout carries data only
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit) as e:  # the user's own file: say what it raised, keep the trace for them
         del sys.modules[name]
         raise Error(
             f"{path} cannot be run: {type(e).__name__}: {e}", hint="python " + str(path) + " shows the trace"
@@ -149,8 +174,9 @@ def check_names() -> None:
     ours = Path(__file__).resolve().parents[1] / "suites"
     where = [Path(p).resolve() for p in (spec.submodule_search_locations or ())] if spec else []
     if ours not in where:
+        found = where[0] if where else spec.origin if spec else "missing"
         raise Error(
-            f"the package `suites` found first is {where[0] if where else 'missing'}, not {ours}",
+            f"the package `suites` found first is {found}, not {ours}",
             hint="run from another folder, or take that one off PYTHONPATH",
         )
 

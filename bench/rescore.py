@@ -41,7 +41,7 @@ def remeasure(run: Run, metric: str | None, how: How | None = None) -> int:
     With `metric`, that metric on every unit; without, the suite's own metrics on units that hold nulls.
     Raises Error when media were not kept, with the command that would keep them.
     """
-    from bench.execute import suite_of
+    from bench.execution import suite_of
     from bench.worker import WorkerContext
 
     suite = suite_of(run)

@@ -94,7 +94,7 @@ def print_unit(run: Run, unit: str, as_json: bool) -> int:
         )
     record = found[0]
     if as_json:
-        print(json.dumps({"schema": 1, "kind": "record", "rows": [asdict(record)]}, indent=1, ensure_ascii=False))
+        print(json.dumps({"schema": 1, "kind": "record", "rows": [asdict(record)]}, indent=1))
         return 0
     facts = ("status", "attempt", "batch", "seconds", "device", "code", "started")
     print(columns(["", ""], [[f, str(getattr(record, f))] for f in facts]).lstrip("\n"))
@@ -118,7 +118,7 @@ def _cell(value: Any) -> str:
 
 def draw_figures(run: Run, folder: Path) -> list[Path]:
     """The suite's figures of one run as SVG, each with a CSV beside it."""
-    from bench.execute import suite_of
+    from bench.execution import suite_of
     from bench.report.figures import save_figure
 
     return [path for figure in suite_of(run).figures(run.table()) for path in save_figure(figure, folder)]
@@ -132,7 +132,7 @@ def print_list(store: Store, kind: str | None, as_json: bool) -> int:
     rows = [row for k, make in _LISTS.items() if kind in (None, k) for row in make(store)]
     broken = [r for r in rows if r["broken"]]
     if as_json:
-        print(json.dumps({"schema": 1, "kind": "list", "rows": rows}, indent=1, ensure_ascii=False))
+        print(json.dumps({"schema": 1, "kind": "list", "rows": rows}, indent=1))
         return 0
     for k, head in _HEADS.items():
         of_kind = [r for r in rows if r["kind"] == k and not r["broken"]]
@@ -186,8 +186,8 @@ def _manifests(_: Store) -> list[dict[str, str]]:
 
 
 def _runs(store: Store) -> list[dict[str, str]]:
-    rows = []
-    for run in store.runs():
+    rows: list[dict[str, str]] = []
+    for run in store.runs(broken=lambda name, e: rows.append(_row("runs", name, str(e)))):
         state = "complete" if run.complete() else "partial"
         rows.append(_row("runs", run.id, state=state, units=str(run.meta["units"]), items=str(run.meta["items"])))
     return rows
@@ -224,8 +224,8 @@ def _takes(obj: Any) -> str:
 def print_comparison(comparison: Any) -> None:
     """Two runs on the items they share."""
     a, b = comparison.a, comparison.b
-    print(f"{comparison.shared:,} shared items" + (f" in {comparison.clusters:,} clusters" if comparison.clusters else "")
-          + (", same seeds" if comparison.same_seed else ", different seeds"))  # fmt: skip
+    clusters = f" in {comparison.clusters:,} clusters" if comparison.clusters < comparison.shared else ""
+    print(f"{comparison.shared:,} shared items{clusters}, {'same' if comparison.same_seed else 'different'} seeds")
     rows = []
     for d in comparison.differences:
         sign = "+" if d.value is not None and d.value > 0 else ""

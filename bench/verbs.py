@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ def say(text: str = "") -> None:
 
 
 def emit(kind: str, rows: Iterable[Mapping[str, Any]]) -> None:
-    """One JSON object to stdout."""
-    print(json.dumps({"schema": 1, "kind": kind, "rows": list(rows)}, indent=1, allow_nan=False, ensure_ascii=False))
+    """One JSON object to stdout, in ASCII: any terminal and any pipe takes it."""
+    print(json.dumps({"schema": 1, "kind": kind, "rows": list(rows)}, indent=1, allow_nan=False))
 
 
 # -- score
@@ -77,7 +78,9 @@ def score(args: Namespace) -> int:
         if args.explain:
             _explain(step, store, how, how_origins, args.shard)
             continue
-        run, whole = run_step(step, store, how, shard=args.shard, fresh=args.fresh, origins=how_origins)
+        run, whole = run_step(
+            step, store, how, shard=args.shard, fresh=args.fresh, origins=how_origins, typed=args.typed
+        )
         runs.append(run)
         complete &= whole
         if not args.json:
@@ -99,14 +102,22 @@ def run_step(
     shard: str = "",
     fresh: bool = False,
     origins: Mapping[str, Value] | None = None,
+    typed: Sequence[str] = (),
 ) -> tuple[Run, bool]:
     """Carries one step out, with a bar. Returns the run and whether all that was asked for is there."""
-    from bench.execute import carry_out
+    with contextlib.redirect_stdout(sys.stderr):  # stdout carries data only, whatever suites and models print
+        return _run_step(step, store, how, shard, fresh, origins, typed)
+
+
+def _run_step(step, store, how, shard, fresh, origins, typed) -> tuple[Run, bool]:
+    from bench.execution import carry_out, parse_shard
     from bench.progress import Bar
+    from bench.text import mask
 
     plan, suite_origins = _prepare(step, store, how)
+    typed = shlex.join(["bench", *typed])
     meta = {
-        "command": shlex.join(["bench", *sys.argv[1:]]),
+        "command": mask(typed),
         "suite_ref": step.suite,
         "config": _origins(
             {
@@ -115,28 +126,34 @@ def run_step(
                 **(origins or {}),
             }
         ),
-        "again": command_of(step, store),
+        "again": mask(command_of(step, store)),
     }
-    with Bar(command_of(step, store)) as bar:
+    with Bar(shlex.join(p for p in shlex.split(typed) if p != "--fresh")) as bar:
         run = carry_out(
             plan, store, how, seed=step.seed, limit=step.limit, shard=shard, fresh=fresh, extra_meta=meta, observer=bar
         )
-    failures = len(run.failures())
-    left = len(run.pending(plan.units)) - failures
+    mine = {run.key(u) for u in (plan.units[slice(*parse_shard(shard))] if shard else plan.units)}
+    failures = [r for r in run.failures() if r.key in mine]
+    left = len(run.pending(plan.units)) - len(run.failures())
     if failures:
-        say(
-            f"{failures} of {len(plan.units)} units failed: bench show {run.id} names them; the same command tries again"
-        )
+        which = f"bench show {run.id} names them; the same command tries again"
+        say(f"{len(failures)} of {len(mine)} units failed: {which}")
     if left and shard:
         say(f"{left} of {len(plan.units)} units are left to other shards")
-    whole = not failures and (bool(shard) or left == 0) and (bool(shard) or all(s.complete for s in run.scores()))
+    flat = sum("flat" in row for row in run.table().rows)
+    if flat:
+        say(f"the model gave one flat colour for {flat} of {run.meta['items']:,} items; they are scored")
+    partial = [s.metric for s in run.scores() if not s.complete]
+    whole = not failures and (bool(shard) or not (left or partial))
     if whole and not left:
         say(f"complete. {run.path}")
+    elif partial and not failures and not left:
+        say(f"partial: {', '.join(dict.fromkeys(partial))} is not measured for every item. {run.path}")
     return run, whole
 
 
 def _prepare(step: Step, store: Store, how: How):
-    from bench.execute import prepare
+    from bench.execution import prepare
 
     cls = registry.find("suites", step.suite)
     suite, origins = config.build(cls, step.fields, step.params, step.where)
@@ -178,9 +195,13 @@ def _origins(values: Mapping[str, Value]) -> dict[str, Any]:
 
 
 def _flag_steps(args: Namespace) -> Iterator[Step]:
+    from bench.text import secrets
+
     if not args.model:
         raise UsageError("which model?", hint="--model NAME; bench list shows the adapters")
     params, model_args = config.assignments(args.p, "-p"), config.assignments(args.m, "-m")
+    for name, value in {**params, **model_args}.items():
+        secrets().add_named(name, value)  # what is typed as a key is masked wherever it is written
     for suite in args.what:
         yield Step(suite, args.model, params=params, model_args=model_args, seed=args.seed or 0, limit=args.limit)
 
@@ -188,10 +209,9 @@ def _flag_steps(args: Namespace) -> Iterator[Step]:
 def _plan_steps(plan: Mapping[str, Any], where: str, args: Namespace) -> Iterator[Step]:
     for run in plan.get("run", ()):
         cls = registry.find("suites", run["suite"])
-        tuples = {n for n, t in config.field_types(cls).items() if "tuple" in str(t) or "list" in str(t)}
-        for params in _product(run.get("params", {}), tuples):
+        for params in _product(run.get("params", {}), _lists(cls)):
             for model_args in _product(run.get("model_args", {}), set()):
-                for seed in run.get("seeds", [args.seed or 0]):
+                for seed in [args.seed] if args.seed is not None else run.get("seeds", [0]):
                     yield Step(
                         run["suite"],
                         run["model"],
@@ -201,6 +221,11 @@ def _plan_steps(plan: Mapping[str, Any], where: str, args: Namespace) -> Iterato
                         limit=args.limit if args.limit is not None else run.get("limit"),
                         where=where,
                     )
+
+
+def _lists(cls: type) -> set[str]:
+    """The fields that are lists themselves."""
+    return {n for n, t in config.field_types(cls).items() if "tuple" in str(t) or "list" in str(t)}
 
 
 def _product(values: Mapping[str, Any], whole: set[str]) -> Iterator[dict[str, Any]]:
@@ -215,7 +240,7 @@ def _refuse_code(plan: Mapping[str, Any], path: Path, allowed: bool) -> None:
     if allowed or path.resolve().is_relative_to(Path.cwd()):
         return
     for step in [*plan.get("run", ()), *plan.get("train", ())]:
-        for name in (step.get("suite", ""), step.get("model", ""), step.get("recipe", "")):
+        for name in _texts(step):
             if registry.is_path(name):
                 raise Error(
                     f"{path} lies outside the working folder and names the Python file {name}",
@@ -223,8 +248,20 @@ def _refuse_code(plan: Mapping[str, Any], path: Path, allowed: bool) -> None:
                 )
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a plan's step, its parameters too: a field may name a judge by its file."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
+
+
 def _explain(step: Step, store: Store, how: How, how_origins: Mapping[str, Value], shard: str) -> None:
-    from bench.execute import find_run, parse_shard
+    from bench.execution import find_run, parse_shard
     from bench.show import columns
     from bench.store import run_id
 
@@ -278,7 +315,7 @@ def demo(args: Namespace) -> int:
     steps = list(_plan_steps(plan, path.name, Namespace(seed=None, limit=None)))
     complete = True
     for step in steps:
-        complete &= run_step(step, store, how, origins=origins)[1]
+        complete &= run_step(step, store, how, origins=origins, typed=args.typed)[1]
     for board in plan["board"]:
         out = Path(args.out or "reports") / board["name"]
         print(_render(board["name"], store, out).page)
@@ -315,7 +352,7 @@ def train(args: Namespace) -> int:
 
 
 def _train_steps(step: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
-    for params in _product(step.get("params", {}), set()):
+    for params in _product(step.get("params", {}), _lists(registry.find("recipes", step["recipe"]))):
         for seed in step.get("seeds", [0]):
             try:
                 out = step["out"].format(seed=seed, **params)
@@ -346,7 +383,7 @@ def _train(
     where: str = "plan",
 ) -> None:
     from bench.capabilities import has, held
-    from bench.execute import resolve_devices
+    from bench.execution import resolve_devices
     from bench.identity import fingerprint
     from bench.progress import TrainingBar
     from bench.train import train as run_training
@@ -427,7 +464,7 @@ def compare(args: Namespace) -> int:
 
 
 def rescore(args: Namespace) -> int:
-    from bench.execute import derive, suite_of
+    from bench.execution import derive, suite_of
     from bench.rescore import remeasure
     from bench.show import print_scores
 
@@ -464,7 +501,7 @@ def data(args: Namespace) -> int:
 
 def check(args: Namespace) -> int:
     from bench.check import check as conformance
-    from bench.execute import resolve_devices
+    from bench.execution import resolve_devices
     from bench.show import columns
     from bench.worker import open_model
 
@@ -486,7 +523,7 @@ def _try_suite(args: Namespace, bound: config.Arguments, device: str) -> dict[st
     """Two items of a suite, in a store that is thrown away."""
     import tempfile
 
-    from bench.execute import execute
+    from bench.execution import execute
 
     cls = registry.find("suites", args.suite)
     suite, _ = config.build(cls, {}, config.assignments(args.p, "-p"))
@@ -506,7 +543,7 @@ def _try_suite(args: Namespace, bound: config.Arguments, device: str) -> dict[st
 
 
 def _Silent():
-    from bench.execute import Observer
+    from bench.execution import Observer
 
     class Silent(Observer):
         def say(self, text: str) -> None: ...

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +135,11 @@ class Worker:
             new = [self._row(id, unit, rows) for id in ids]
             pictures = {name: m for name, m in media.items() if hasattr(m, "shape") and len(m.shape) > 1}
             self._check(ids, pictures, new)
-            measured = [("", {k: v for k, v in media.items() if k not in pictures})]
-            measured += [(metric.name, metric.measure(media, ctx)) for metric in metrics]
-            for source, columns in measured:
+            own = [("", {k: v for k, v in media.items() if k not in pictures})]
+            for source, columns in chain(own, ((metric.name, metric.measure(media, ctx)) for metric in metrics)):
                 for name, values in columns.items():
+                    if not hasattr(values, "__len__"):
+                        raise BadOutput(f"{source or 'run'}: {name} is {type(values).__name__}, not a list or an array")
                     if len(values) != len(ids):
                         raise BadOutput(f"{source or 'run'}: {name} has {len(values)} values for {len(ids)} items")
                     if hasattr(values, "ndim") and values.ndim > 1:

@@ -216,9 +216,6 @@ class Faulty(Painter):
         pictures[hit] = 0.5
         return pictures
 
-    def shapeless(self, pictures, hit):
-        return pictures.mean((1, 2, 3))
-
     def none(self, pictures, hit):
         return None
 
@@ -258,3 +255,56 @@ def wordless_factory(size: int = 1):
 def dead_factory(size: int = 1):
     """A model whose opening ends the process."""
     os._exit(9)
+
+
+# -- the command line, in a child of this process: as `bench …`, without a second import of everything
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+def start(folder, *argv, env=None, stdout=None):
+    """Starts `bench …` in a folder; returns its pid. Its output goes to `.out` and `.err` in that folder."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 99
+    try:
+        os.chdir(folder)
+        os.setpgid(0, 0)
+        os.environ.update({"BENCH_THREADS": "1", "BENCH_DEVICES": "cpu", **(env or {})})
+        for fd, name in ((1, stdout or ".out"), (2, ".err")):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+        for name, fd in (("stdout", 1), ("stderr", 2)):
+            setattr(sys, name, os.fdopen(fd, "w", closefd=False))
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        import bench.cli
+
+        sys.modules["__main__"] = sys.modules["bench.cli"]  # what spawned workers import first
+        sys.argv = ["bench", *map(str, argv)]
+        code = bench.cli.main(sys.argv[1:])
+        sys.stderr.flush()
+    except BaseException:
+        import traceback
+
+        os.write(2, traceback.format_exc().encode())
+    finally:
+        os._exit(code)
+
+
+def finish(folder, pid):
+    """Waits for a started command."""
+    _, status = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    return Done(code, *((Path(folder) / n).read_text(errors="surrogateescape") for n in (".out", ".err")))
+
+
+def command(folder, *argv, env=None, stdout=None):
+    """`bench …` from beginning to end, as a user sees it."""
+    return finish(folder, start(folder, *argv, env=env, stdout=stdout))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import math
 import shutil
 import signal
@@ -96,6 +97,8 @@ def prepare(
         model_args = {k: _identified(v, k in arguments.weights, digests) for k, v in arguments.what.items()}
         suite_fields = _suite_fields(suite, name, manifest, digests)
     units = tuple(suite.units(manifest))
+    if manifest is None and limit is not None:
+        units = _first(units, limit)
     _check_units(units, suite.name)
     label = model_label(model, arguments) if named else str(identity.get("name", type(model).__name__))
     spec: dict[str, Json] = {
@@ -103,11 +106,7 @@ def prepare(
         "suite_version": suite.version,
         "fields": suite_fields,
         "data": None if manifest is None else manifest.digest,
-        "adapter": (
-            Path(model.partition(":")[0]).name + ":" + model.partition(":")[2] if registry.is_path(model) else model
-        )
-        if named
-        else "live",
+        "adapter": registry.identity(model) if named else "live",
         "adapter_args": model_args if named else dict(identity),
         "seed": seed,
         "limit": limit,
@@ -180,11 +179,15 @@ def carry_out(
 ) -> Run:
     """The measuring half of `execute`, for a plan at hand."""
     observer = observer or Observer()
+    if shard and fresh:
+        raise UsageError("--fresh would move the other shards' records aside", hint="--fresh once, without --shard")
     mine = plan.units[slice(*parse_shard(shard))] if shard else plan.units
     run = find_run(plan, store) if not fresh else None
     pending = run.pending(mine) if run else list(mine)
     if pending:
         devices = resolve_devices(how.devices)
+        if not isinstance(plan.model, str) and how.devices == "auto":
+            devices = devices[:1]  # a live model lives in this process
         work = Work(
             suite=plan.suite_ref,
             fields={f.name: getattr(plan.suite, f.name) for f in fields(plan.suite)},
@@ -240,9 +243,9 @@ def _record(run: Run, measure: Measure, pending: Sequence[Unit], shard: str, how
             record = replace(record, attempt=record.attempt + attempts.get(record.unit, 0))
             with _signals_wait():
                 log.append(record_line(record))
+                observer.done(by_id[record.unit], record)
             done += 1
             failed += record.status == "failed"
-            observer.done(by_id[record.unit], record)
             if failed > allowed and done < len(pending):
                 assert record.error
                 raise Error(
@@ -321,7 +324,7 @@ def model_label(model: str, arguments: Arguments) -> str:
             parts.insert(0, Path(text.rstrip("/")).name.removesuffix(".safetensors"))
         elif arguments.origins.get(name) and arguments.origins[name].origin != "default":
             parts.append(str(value))
-    if not any(n in arguments.weights for n in arguments.what):
+    if not any(n in arguments.weights and value for n, value in arguments.what.items()):
         parts.insert(0, model.partition(":")[2] if registry.is_path(model) else model)
     return "-".join(parts)
 
@@ -389,6 +392,14 @@ def _provenance() -> dict[str, Json]:
     from bench.provenance import collect
 
     return collect()
+
+
+def _first(units: Sequence[Unit], limit: int) -> tuple[Unit, ...]:
+    """The first units that hold `limit` items together, at least one: the limit where there is no manifest."""
+    if limit < 1:
+        raise UsageError(f"limit is {limit}; it must be 1 or more")
+    counts = itertools.accumulate((len(u.items) for u in units), initial=0)
+    return tuple(u for u, before in zip(units, counts, strict=False) if before < limit)
 
 
 def _check_units(units: Sequence[Unit], name: str) -> None:
