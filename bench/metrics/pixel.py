@@ -33,17 +33,19 @@ def quantise(x: Any, mode: str = "round", value_range: tuple[float, float] = (-1
         raise Error(
             f"pictures of type {x.dtype} are neither uint8 nor float", hint="convert them to uint8 [B, 3, H, W]"
         )
-    if not torch.isfinite(x).all():
+    if x.numel() and not all(bound.isfinite() for bound in x.aminmax()):
         raise Error("a picture holds NaN or infinity", hint="look at the model's output before it is scored")
     if mode == "none":
         return x
     low, high = value_range
-    levels = x if x.dtype == torch.float64 else x.float()
-    levels = (levels - low) * (255.0 / (high - low))
+    levels = (x if x.dtype == torch.float64 else x.float()) - low
+    levels.mul_(255.0 / (high - low))
     if mode == "vavae":
-        levels = levels + 0.5
-    levels = levels.clamp(0.0, 255.0)
-    return (levels + 0.5 if mode == "round" else levels).to(torch.uint8)  # the cast drops the fraction
+        levels.add_(0.5)
+    levels.clamp_(0.0, 255.0)
+    if mode == "round":
+        levels.add_(0.5)
+    return levels.to(torch.uint8)  # drops the fraction
 
 
 def mse(x: Any, y: Any) -> np.ndarray:
