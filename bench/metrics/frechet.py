@@ -394,6 +394,13 @@ class Frechet:
 
         opened(self.extractor, ctx)
 
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The weights manifests that measuring will ask for."""
+        from bench.metrics.extractors import INCEPTION
+
+        return (INCEPTION,) if self.extractor.startswith("inception") else ()
+
     def measure(self, media, ctx):
         from bench.metrics.extractors import features, opened
 
@@ -468,6 +475,13 @@ class PairwiseFeatureDistance:
         from bench.metrics.extractors import opened
 
         opened(self.extractor, ctx)
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The weights manifests that measuring will ask for."""
+        from bench.metrics.extractors import INCEPTION
+
+        return (INCEPTION,) if self.extractor.startswith("inception") else ()
 
     def measure(self, media, ctx):
         from bench.metrics.extractors import features, opened

@@ -144,6 +144,11 @@ class LPIPS:
     def prepare(self, ctx):
         self._judge(ctx)
 
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The weights manifests that measuring will ask for."""
+        return (f"lpips-{self.net}-backbone", f"lpips-{self.net}-lin")
+
     def measure(self, media, ctx):
         x, y = (self._fed(media[name]) for name in (self.real, self.fake))
         if min(x.shape[-2:]) < SMALLEST:
@@ -160,7 +165,7 @@ class LPIPS:
         return f"lpips|v0.1|net:{'+'.join(nets) or self.net}|{fed}|{self.quantise}|v:{self.version}"
 
     def _judge(self, ctx):
-        backbone, heads = (ctx.weights(f"lpips-{self.net}-{part}") for part in ("backbone", "lin"))
+        backbone, heads = (ctx.weights(name) for name in self.weights)
         return opened(self.net, backbone, heads, str(ctx.device))
 
     def _fed(self, images):

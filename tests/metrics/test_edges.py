@@ -132,6 +132,14 @@ def test_missing_weights_name_the_fetch_line():
     assert caught.value.hint == "bench data fetch weights/lpips-alex-backbone"
 
 
+def test_metrics_say_which_weights_they_need():
+    from bench.manifest import find, read_weights
+
+    needed = metrics.LPIPS("vgg").weights + metrics.Frechet("inception-tf1").weights
+    assert len(needed) == 3 and all(read_weights(find(f"weights/{name}"))["locked"] for name in needed)
+    assert metrics.Frechet().weights == metrics.PairwiseFeatureDistance().weights == ()
+
+
 def test_all_metrics_are_exported_and_frozen():
     for name in metrics.__all__:
         made = getattr(metrics, name)()
