@@ -15,7 +15,7 @@ WIDTHS = (16, 32, 64, 64)
 
 def path() -> Path:
     """The weights file."""
-    return Path(__file__).parent / "checkpoints" / "features.safetensors"
+    return Path(__file__).parent / "checkpoints" / "mini-features" / "features.safetensors"
 
 
 def build() -> Any:

@@ -38,7 +38,9 @@ class MiniAE(Recipe):
     kl: float = 1e-6
 
     def __post_init__(self):
-        _positive(self, "latent_channels", "steps", "batch", "lr")
+        _positive(self, "steps", "batch", "lr")
+        if self.latent_channels < 3:
+            raise Error(f"mini-ae: latent_channels must be at least 3, not {self.latent_channels}")
         if self.width <= 0 or self.width % 8:
             raise Error(f"mini-ae: width must be a multiple of 8, not {self.width}")
         if self.size <= 0 or self.size % 4:
@@ -107,7 +109,7 @@ class MiniFeatures(Recipe):
     name: ClassVar[str] = "mini-features"
     version: ClassVar[int] = 1
 
-    steps: int = 2400
+    steps: int = 1900
     pictures: int = 12  # drawn for each step
     variants: int = 4  # differently degraded copies of each
     size: int = 64  # px
@@ -117,6 +119,8 @@ class MiniFeatures(Recipe):
         _positive(self, "steps", "pictures", "variants", "lr")
         if self.size < 64:
             raise Error(f"mini-features: size must be at least 64, not {self.size}")
+        if self.pictures * self.variants < 2:
+            raise Error("mini-features: pictures x variants must be at least 2, for a covariance")
 
     @property
     def total(self) -> int:
