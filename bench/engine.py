@@ -86,7 +86,7 @@ class LocalEngine:
                         died = f"the worker died ({worker.why()}) {worker.attempt} times"
                         record = worker.lost(work, "WorkerLost", died)
                 elif record is None and time.monotonic() - worker.since > limit:
-                    record = worker.lost(work, "Timeout", f"took longer than {limit:.0f} s")
+                    record = worker.lost(work, "Timeout", f"took longer than {limit:g} s")
                 if record is not None:
                     seconds.append(record.seconds)
                     worker.unit = None

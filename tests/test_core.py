@@ -1,5 +1,6 @@
 """Worker and execution: the same records and scores whatever the batch, the shard, the order or the interruption."""
 
+import hashlib
 import json
 import os
 import random
@@ -82,6 +83,8 @@ def test_a_run_by_hand(tmp_path):
 
 
 def test_keys_are_stable_and_take_in_what_decides_the_outcome(tmp_path):
+    text = '["%s","u/1",["a","b"],{"x":1}]' % ("ab" * 32)
+    assert unit_key("ab" * 32, "u/1", ("a", "b"), {"x": 1}) == hashlib.sha256(text.encode()).hexdigest()[:32]
     assert unit_key("ab" * 32, "u/1", ("a", "b"), {"x": 1}) == "f39d7c29af057c5fd9aeb1fbb2cd4d90"
     base = unit_key("s", "u", ("a",), {"x": 1})
     others = [("t", "u", ("a",), {"x": 1}), ("s", "v", ("a",), {"x": 1}), ("s", "u", ("b",), {"x": 1})]
