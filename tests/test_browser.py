@@ -9,6 +9,7 @@ from test_report_toys import BOARD, codec_store, write_board
 from bench.report import render
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+PATIENCE = 120_000  # ms; a busy machine is slow, not wrong
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -47,6 +48,7 @@ def opened(browser, path):
 
     def visit(width=1280, **how):
         context = browser.new_context(viewport={"width": width, "height": 900}, **how)
+        context.set_default_timeout(PATIENCE)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda m: heard.append(m.text))
@@ -158,6 +160,7 @@ def test_the_policy_stops_what_the_page_does_not_bring(opened, browser, path, tm
     changed = tmp_path / "changed.html"
     changed.write_text(path.read_text().replace("<main>", "<main>" + foreign))
     context = browser.new_context()
+    context.set_default_timeout(PATIENCE)
     page = context.new_page()
     asked, refused = [], []
     page.on("request", lambda r: asked.append(r.url))

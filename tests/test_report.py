@@ -593,6 +593,31 @@ def test_a_large_board_stays_a_small_page(tmp_path):
     assert text.count("data:image/") <= 48 * 3 and len(text) < 5_000_000
 
 
+def test_secrets_of_this_process_reach_no_file(tmp_path, monkeypatch):
+    from bench import text
+
+    secrets = text.Secrets()
+    secrets.add("canary-7531")
+    monkeypatch.setattr(text, "_secrets", secrets)
+    said = "x canary-7531 https://user:password@host/p?token=canary-7531"
+    failed = Record("f" * 32, said, "failed", error={"kind": said, "message": said, "trace": said})
+    where = {
+        "command": said,
+        "git": {"commit": said},
+        "packages": {said: said},
+        "machine": {"a": [said]},
+        "started": "x",
+    }
+    manifests = [{"name": "drawn", "digest": "d", "license": said, "redistribute": True}]
+    store = Store(tmp_path / "store")
+    add_run(store, "m", normal_rows(30, 1), metrics=PSNR, manifests=manifests, **where)
+    add_run(store, "part", normal_rows(30, 1), metrics=PSNR, expected=30, failed=failed, manifests=manifests, **where)
+    render(psnr_board(), store, tmp_path / "out")
+    files = [p.read_text() for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert any("***" in t for t in files)
+    assert not [t for t in files if "canary-7531" in t or "password" in t]
+
+
 def test_slices_stand_with_their_own_n(codecs):
     text = (codecs[0] / "board/index.html").read_text().partition('id="slices"')[2].partition("</section>")[0]
     assert "kind=grain" in text and "n 9" in text and "kind=smooth" in text and "n 3" in text

@@ -167,8 +167,6 @@ def untouched(file: Path) -> bool:
 
 def facts_of(run: Any, failures: bool = False) -> Facts:
     """What a run's folder says of it. Only a plain True or False counts for what may be shown."""
-    from bench.text import mask
-
     meta, spec = run.meta, run.spec
     manifests = meta.get("manifests") or ()
     return Facts(
@@ -181,35 +179,40 @@ def facts_of(run: Any, failures: bool = False) -> Facts:
         data=spec.get("data"),
         adapter=str(spec.get("adapter", "")),
         adapter_args=spec.get("adapter_args") or {},
-        manifests=[dict(m) for m in manifests],
+        manifests=_masked([dict(m) for m in manifests]),
         sensitive=not (meta.get("sensitive") is False and all(m.get("sensitive", False) is False for m in manifests)),
         redistribute=meta.get("redistribute") is True and all(m.get("redistribute", True) is True for m in manifests),
         limit=spec.get("limit"),
-        command=mask(str(meta.get("command", ""))),
-        git=meta.get("git") or {},
-        packages=meta.get("packages") or {},
-        machine=meta.get("machine") or {},
+        command=_masked(str(meta.get("command", ""))),
+        git=_masked(meta.get("git") or {}),
+        packages=_masked(meta.get("packages") or {}),
+        machine=_masked(meta.get("machine") or {}),
         started=str(meta.get("started", "")),
         failures=list(_failures(run)) if failures else (),
     )
 
 
-def _failures(run: Any) -> Iterator[dict[str, Any]]:
-    """Failed units by kind, the commonest first, each with the trace of its first unit."""
+def _masked(value: Any) -> Any:
+    """JSON with the secrets of this process as `***`."""
     from bench.text import mask
 
+    if isinstance(value, str):
+        return mask(value)
+    if isinstance(value, Mapping):
+        return {mask(str(k)): _masked(v) for k, v in value.items()}
+    return [_masked(v) for v in value] if isinstance(value, list) else value
+
+
+def _failures(run: Any) -> Iterator[dict[str, Any]]:
+    """Failed units by kind, the commonest first, each with the trace of its first unit."""
     kinds: dict[str, list[Any]] = {}
     for record in run.failures():
         kinds.setdefault(str((record.error or {}).get("kind", "unknown")), []).append(record)
     for kind, records in sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0])):
         error = records[0].error or {}
-        yield {
-            "kind": mask(kind),
-            "count": len(records),
-            "unit": mask(records[0].unit),
-            "message": mask(str(error.get("message", "")))[:2000],
-            "trace": mask(str(error.get("trace", "")))[-8000:],
-        }
+        message, trace = _masked(str(error.get("message", ""))), _masked(str(error.get("trace", "")))
+        found = {"kind": kind, "count": len(records), "unit": records[0].unit}
+        yield _masked(found) | {"message": message[:2000], "trace": trace[-8000:]}
 
 
 # -- gathering
@@ -267,10 +270,13 @@ def _read_source(found: Collection, source: str, out: Path) -> None:
         found.limited = sorted({*found.limited, *found.kept["limited"]})
         found.pairs = dict(read_pairs((out / "pairs.csv").read_bytes().decode()))
         known = {f.name for f in fields(Facts)}
+        by_run: dict[str, list[Score]] = {}
+        for s in scores:
+            by_run.setdefault(s.run if s.source == "measured" else "", []).append(s)
         for run_id, entry in found.kept["runs"].items():
             if run_id not in found.facts and _selected(board, entry["suite"], entry["model"]):
                 facts = Facts(**{k: v for k, v in entry.items() if k in known})
-                _take(found, run_id, facts, [s for s in scores if s.run == run_id and s.source == "measured"])
+                _take(found, run_id, facts, by_run.get(run_id, []))
         scores = [s for s in scores if s.source != "measured"]
     measured = set(found.facts)
     seen = {(s.model, s.metric, s.slice, s.source) for s in found.cited}

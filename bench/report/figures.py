@@ -270,8 +270,9 @@ def _scatter(plot: Plot, found: Collection, order: Sequence[str]) -> tuple[list,
         values = [xs[k].score.value for k in labels]
         if min(values) > 0 and max(values) / min(values) > 8:
             axes.set_xscale("log")
-            from matplotlib.ticker import FuncFormatter, NullFormatter
+            from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(_axis(xs[labels[0]], found))

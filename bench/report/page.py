@@ -427,6 +427,7 @@ def _slices(found: Collection) -> list[dict[str, Any]]:
         tables_.append(
             {
                 "title": column.title,
+                "open": column.key == found.board.rank.by if found.board.rank else not tables_,
                 "unit": scores[0].unit if scores[0].unit != "1" else "",
                 "arrow": {"higher": "↑", "lower": "↓"}.get(scores[0].better, ""),
                 "names": names,
