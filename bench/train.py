@@ -263,6 +263,9 @@ def loss_table(losses: list[dict[str, float]]) -> bytes:
 
 def _export(run: Run, trained: Any, facts: Mapping[str, Any], target: Path) -> None:
     run.recipe.export(trained, target)
+    for path in target.rglob("*"):
+        if path.is_file():  # safetensors writes files that nobody else may read
+            path.chmod(target.stat().st_mode & 0o666)
     (target / "recipe.json").write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n")
     (target / "loss.csv").write_bytes(loss_table(run.losses))
     _plot(run, target / "loss.svg")

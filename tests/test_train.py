@@ -148,6 +148,7 @@ def test_result(whole, tmp_path):
     assert (facts["recipe"], facts["version"], facts["seed"], facts["steps"]) == ("line", 1, 0, 60)
     assert facts["spec"] == {"steps": 60, "lr": 0.1} and facts["made"]["packages"]["torch"]
     assert files(out) == whole  # however often it was saved
+    assert {p.stat().st_mode & 0o777 for p in out.iterdir()} == {out.stat().st_mode & 0o666}
     rows = (out / "loss.csv").read_text().splitlines()
     assert rows[0] == "step,loss,x" and len(rows) == 61 and rows[-1].startswith("59,")
     assert not Path(f"{out}.training").exists()
