@@ -42,9 +42,13 @@ def compare(a: Run, b: Run) -> Comparison:
     Raises Error when the runs cannot be compared: other suite, version, parameters or data, or no shared item.
     """
     for what in ("suite", "suite_version", "fields", "data"):
-        if a.spec[what] != b.spec[what]:
+        x, y = a.spec.get(what), b.spec.get(what)
+        if isinstance(x, dict) and isinstance(y, dict) and x != y:
+            what = next(k for k in sorted({*x, *y}) if x.get(k) != y.get(k))
+            x, y = x.get(what), y.get(what)
+        if x != y:
             raise Error(
-                f"the runs differ in {what}: {_brief(a.spec[what])} and {_brief(b.spec[what])}",
+                f"the runs differ in {what.replace('_', ' ')}: {_brief(x)} and {_brief(y)}",
                 hint="score both models with the same suite, parameters and data",
             )
     rows_a = {row["item"]: row for row in a.table().rows}

@@ -306,8 +306,11 @@ def suite_of(run: Run) -> Suite:
         )
     from bench.config import convert, field_types
 
-    kinds = field_types(cls)
-    return cls(**{k: convert(v, kinds[k], k) if v is not None else None for k, v in run.meta["suite_fields"].items()})
+    kinds, given = field_types(cls), run.meta["suite_fields"]
+    unknown = sorted(given.keys() - kinds.keys())
+    if unknown:
+        raise Error(f"{run.id} was measured with {unknown[0]}, which {cls.name} no longer has", hint="score again")
+    return cls(**{k: convert(v, kinds[k], k) if v is not None else None for k, v in given.items()})
 
 
 # -- identity

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from bench.execution import Observer
+from bench.show import counted
 from bench.store import Run
 from bench.text import duration
 from bench.types import Record, Stop, Unit
@@ -31,11 +32,12 @@ class Bar(Observer):
         failed = len(run.failures())
         items = sum(len(u.items) for u in units)
         clusters = next(
-            (f" in {m['clusters']} clusters" for m in run.meta["manifests"] if m["clusters"] < m["items"]), ""
+            (f" in {counted(m['clusters'], 'cluster')}" for m in run.meta["manifests"] if m["clusters"] < m["items"]),
+            "",
         )
         done = len(units) - len(pending)
         again = f", {failed} to retry" if failed else ""
-        self.say(f"{run.id}   {len(units):,} units, {items:,} items{clusters}, {done:,} done{again}")
+        self.say(f"{run.id}   {counted(len(units), 'unit')}, {counted(items, 'item')}{clusters}, {done:,} done{again}")
         if pending and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
@@ -71,7 +73,7 @@ class Bar(Observer):
             self.progress.stop()
         if kind is None or (issubclass(kind, Exception) and not issubclass(kind, Stop)):
             return
-        saved = f"{self.saved} unit{'' if self.saved == 1 else 's'} saved" if self.run else "nothing was measured yet"
+        saved = f"{counted(self.saved, 'unit')} saved" if self.run else "nothing was measured yet"
         self.say(f"{'stopped' if issubclass(kind, Stop) else 'interrupted'}. {saved}")
         self.say(f"continue with:\n  {self.again}")
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 from bench import door, registry
 from bench.config import How, convert, field_types
-from bench.identity import slug
-from bench.store import Run, line
+from bench.identity import digest, slug
+from bench.store import Run, heal, line
 from bench.types import Error, Record, Unit, UsageError
 
 
@@ -27,6 +28,10 @@ def open_metric(text: str) -> Any:
             cls = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, ValueError):
             raise UsageError(f"no metric {name!r}", hint="bench.metrics:PSNR, or path.py:Name") from None
+    if not isinstance(cls, type) or not is_dataclass(cls) or not hasattr(cls, "measure"):
+        raise UsageError(
+            f"{name} is no metric", hint="a metric is a frozen dataclass with measure, reduce and signature"
+        )
     given = dict(part.partition("=")[::2] for part in query.split("&") if part)
     kinds = field_types(cls)
     unknown = [k for k in given if k not in kinds]
@@ -38,7 +43,7 @@ def open_metric(text: str) -> Any:
 def remeasure(run: Run, metric: str | None, how: How | None = None) -> int:
     """Appends what was measured to `extra/`; returns the number of units measured.
 
-    With `metric`, that metric on every unit; without, the suite's own metrics on units that hold nulls.
+    With `metric`, that metric on every unit that lacks it; without, the suite's own metrics where they left nulls.
     Raises Error when media were not kept, with the command that would keep them.
     """
     from bench.execution import suite_of
@@ -46,23 +51,62 @@ def remeasure(run: Run, metric: str | None, how: How | None = None) -> int:
 
     suite = suite_of(run)
     metrics = [open_metric(metric)] if metric else list(suite.metrics)
+    if metric:
+        _check_new(metrics[0], suite)
+    earlier = run.extra()
     records = sorted((r for r in run.records().values() if r.status == "ok"), key=lambda r: r.unit)
-    if not metric:
-        records = [r for r in records if any(v is None for row in r.rows for v in row.values())]
-    ctx = WorkerContext(_Judging(run, suite), (how or How()).batch)
-    name = slug(metric or "nulls", 80)
+    if metric:
+        records = [r for r in records if metric not in earlier.get(r.key, {}).get("metrics", ())]
+    else:
+        records = [r for r in records if any(None in values for values in _columns(r, earlier).values())]
     if not records:
         return 0
-    door.make_folder(run.path / "extra")
-    with (
-        door.lock(run.path / "extra.lock", f"run {run.id}"),
-        contextlib.closing(door.Appender(run.path / "extra" / f"{name}.jsonl")) as log,
-    ):
-        for record in records:
-            columns, blobs = _measure(run, record, metrics, ctx)
-            value = {"key": record.key, "columns": columns, "blobs": blobs, "metric": metric or ""}
-            log.append(line(value))
-    return len(records)
+    ctx = WorkerContext(_Judging(run, suite), (how or How()).batch)
+    path = run.path / "extra" / f"{slug(metric or 'nulls', 60)}-{digest(metric or '')[:8]}.jsonl"
+    measured = 0
+    with door.lock(door.make_folder(path.parent).parent / "extra.lock", f"run {run.id}"):
+        heal(path)
+        with contextlib.closing(door.Appender(path)) as log:
+            for record in records:
+                columns, blobs = _measure(run, record, metrics, ctx)
+                known = _columns(record, earlier)
+                if metric:
+                    clash = sorted(columns.keys() & known.keys())
+                    if clash:
+                        raise Error(
+                            f"{metric} writes {clash[0]!r}, which the run has already", hint="rename the metric"
+                        )
+                else:
+                    columns, blobs = _filled(known, columns), {}
+                if columns or blobs:
+                    log.append(line({"key": record.key, "columns": columns, "blobs": blobs, "metric": metric or ""}))
+                    measured += 1
+    return measured
+
+
+def _check_new(metric: Any, suite: Any) -> None:
+    if metric.name in {m.name for m in suite.metrics}:
+        raise UsageError(
+            f"suite {suite.name} measures {metric.name} already", hint="without --metric, nulls are measured again"
+        )
+
+
+def _columns(record: Record, earlier: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Every column of a unit's rows, with what was measured later."""
+    names = {name for row in record.rows for name in row}
+    found = {name: [row.get(name) for row in record.rows] for name in names}
+    return {**found, **earlier.get(record.key, {}).get("columns", {})}
+
+
+def _filled(known: Mapping[str, list[Any]], found: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """The columns in which a null became a value; what was measured before stays as it was."""
+    filled = {}
+    for name, values in found.items():
+        old = known.get(name, [None] * len(values))
+        new = [b if a is None else a for a, b in zip(old, values, strict=True)]
+        if new != old:
+            filled[name] = new
+    return filled
 
 
 class _Judging:
@@ -80,6 +124,8 @@ class _Judging:
 def _measure(run: Run, record: Record, metrics: Sequence[Any], ctx: Any) -> tuple[dict[str, list], dict[str, str]]:
     import numpy as np
 
+    from bench.worker import as_json
+
     items = [str(row["item"]) for row in record.rows]
     columns: dict[str, list] = {}
     features: dict[str, list[np.ndarray]] = {}
@@ -87,10 +133,12 @@ def _measure(run: Run, record: Record, metrics: Sequence[Any], ctx: Any) -> tupl
         media = _media(run, record, ids)
         for metric in metrics:
             for name, values in metric.measure(media, ctx).items():
+                if len(values) != len(ids):
+                    raise Error(f"{metric.name}: {name} has {len(values)} values for {len(ids)} items")
                 if hasattr(values, "ndim") and values.ndim > 1:
                     features.setdefault(name, []).append(np.asarray(values, np.float32))
                 else:
-                    columns.setdefault(name, []).extend(v.item() if hasattr(v, "item") else v for v in values)
+                    columns.setdefault(name, []).extend(as_json(v) for v in values)
     blobs = {}
     for name, parts in features.items():
         out = io.BytesIO()

@@ -24,6 +24,11 @@ def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 unit`, `1,200 units`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def number(value: float | None, low: float | None = None, high: float | None = None) -> str:
     """As many digits as the interval supports: its half-width shows two of them; four figures without one."""
     if value is None:
@@ -64,7 +69,12 @@ def print_run(run: Run, slices: bool) -> None:
     print(run.id)
     rows = [["suite", f"{run.spec['suite']} version {run.spec['suite_version']}"], ["model", meta["model"]]]
     for m in meta["manifests"]:
-        rows.append(["data", f"{m['name']}, {m['items']:,} items in {m['clusters']:,} clusters, {m['license']}"])
+        rows.append(
+            [
+                "data",
+                f"{m['name']}, {counted(m['items'], 'item')} in {counted(m['clusters'], 'cluster')}, {m['license']}",
+            ]
+        )
     rows += [["seed", str(run.spec["seed"])], ["started", str(meta.get("started", ""))], ["folder", str(run.path)]]
     rows += [["again", meta["again"]]] if meta.get("again") else []
     print(columns(["", ""], rows).lstrip("\n"))
@@ -75,7 +85,7 @@ def print_run(run: Run, slices: bool) -> None:
         print(f"\nits records were made by {len(codes)} versions of the suite's code: {', '.join(sorted(codes))}")
     failures = run.failures()
     if failures:
-        print(f"\n{len(failures)} units failed:")
+        print(f"\n{counted(len(failures), 'unit')} failed:")
         shown = [
             [r.unit, (r.error or {}).get("kind", ""), (r.error or {}).get("message", "")[:100]] for r in failures[:20]
         ]
@@ -224,8 +234,9 @@ def _takes(obj: Any) -> str:
 def print_comparison(comparison: Any) -> None:
     """Two runs on the items they share."""
     a, b = comparison.a, comparison.b
-    clusters = f" in {comparison.clusters:,} clusters" if comparison.clusters < comparison.shared else ""
-    print(f"{comparison.shared:,} shared items{clusters}, {'same' if comparison.same_seed else 'different'} seeds")
+    clusters = f" in {counted(comparison.clusters, 'cluster')}" if comparison.clusters < comparison.shared else ""
+    seeds = "same seeds" if comparison.same_seed else "different seeds"
+    print(f"{counted(comparison.shared, 'shared item')}{clusters}, {seeds}")
     rows = []
     for d in comparison.differences:
         sign = "+" if d.value is not None and d.value > 0 else ""

@@ -289,13 +289,14 @@ class Run:
         return Table(rows, self.meta.get("items", len(rows)), self.spec.get("seed", 0), load)
 
     def extra(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """Per key the columns and blobs that `rescore` added; later beats earlier."""
+        """Per key the columns, blobs and metrics that `rescore` added; later beats earlier."""
         found: dict[str, dict[str, dict[str, Any]]] = {}
         for path in sorted((self.path / "extra").glob("*.jsonl")):
             for value in read_lines(path)[0]:
-                into = found.setdefault(value["key"], {"columns": {}, "blobs": {}})
+                into = found.setdefault(value["key"], {"columns": {}, "blobs": {}, "metrics": {}})
                 into["columns"].update(value["columns"])
                 into["blobs"].update(value["blobs"])
+                into["metrics"][value["metric"]] = True
         return found
 
     def sizes(self) -> dict[str, int]:

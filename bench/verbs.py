@@ -112,6 +112,7 @@ def run_step(
 def _run_step(step, store, how, shard, fresh, origins, typed) -> tuple[Run, bool]:
     from bench.execution import carry_out, parse_shard
     from bench.progress import Bar
+    from bench.show import counted
     from bench.text import mask
 
     plan, suite_origins = _prepare(step, store, how)
@@ -137,9 +138,9 @@ def _run_step(step, store, how, shard, fresh, origins, typed) -> tuple[Run, bool
     left = len(run.pending(plan.units)) - len(run.failures())
     if failures:
         which = f"bench show {run.id} names them; the same command tries again"
-        say(f"{len(failures)} of {len(mine)} units failed: {which}")
+        say(f"{len(failures)} of {counted(len(mine), 'unit')} failed: {which}")
     if left and shard:
-        say(f"{left} of {len(plan.units)} units are left to other shards")
+        say(f"{left} of {counted(len(plan.units), 'unit')} left to other shards")
     flat = sum("flat" in row for row in run.table().rows)
     if flat:
         say(f"the model gave one flat colour for {flat} of {run.meta['items']:,} items; they are scored")
@@ -466,13 +467,13 @@ def compare(args: Namespace) -> int:
 def rescore(args: Namespace) -> int:
     from bench.execution import derive, suite_of
     from bench.rescore import remeasure
-    from bench.show import print_scores
+    from bench.show import counted, print_scores
 
     how, _ = config.resolve_how({}, {"store": args.store})
     store = Store(how.store)
     runs = [store.run(name) for name in args.runs]
     for run in runs:
-        say(f"{run.id}: {remeasure(run, args.metric)} units measured")
+        say(f"{run.id}: {counted(remeasure(run, args.metric), 'unit')} measured")
         derive(run, suite_of(run))
         if not args.json:
             print_scores(run)

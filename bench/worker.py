@@ -148,7 +148,7 @@ class Worker:
                         raise BadOutput(f"{source or 'run'}: {name!r} is a column of the harness; choose another name")
                     else:
                         for row, value in zip(new, values, strict=True):
-                            row[name] = _json(value)
+                            row[name] = as_json(value)
             for i, id in enumerate(ids):
                 rows[id] = new[i]
                 if self.work.kept is None or id in self.work.kept:
@@ -386,7 +386,7 @@ def encode(picture: Any, value_range: tuple[float, float]) -> tuple[bytes, str]:
     return out.getvalue(), ".npy"
 
 
-def _json(value: Any) -> Json:
+def as_json(value: Any) -> Json:
     """A measured value as JSON: numbers lose their NumPy or torch type; what is not finite is null."""
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
         value = value.item()

@@ -290,6 +290,9 @@ def start(folder, *argv, env=None, stdout=None):
         sys.argv = ["bench", *map(str, argv)]
         code = bench.cli.main(sys.argv[1:])
         sys.stderr.flush()
+    except SystemExit as e:
+        code = e.code or 0
+        sys.stdout.flush()
     except BaseException:
         import traceback
 
@@ -302,7 +305,8 @@ def finish(folder, pid):
     """Waits for a started command."""
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
-    return Done(code, *((Path(folder) / n).read_text(errors="surrogateescape") for n in (".out", ".err")))
+    texts = [p.read_text() if p.exists() else "" for p in (Path(folder) / ".out", Path(folder) / ".err")]
+    return Done(code, *texts)
 
 
 def command(folder, *argv, env=None, stdout=None):
