@@ -294,6 +294,7 @@ def test_an_allowed_pickle_still_runs_nothing(tmp_path):
 
     with ThreadPoolExecutor(2) as pool:
         honest, late, big = pool.map(read, [tmp_path / "honest.pt", found["late"], bomb])
+    assert isinstance(honest, dict), honest
     assert all(torch.equal(honest[k], v) for k, v in TENSORS.items()) and set(honest) == set(TENSORS)
     assert isinstance(late, Error) and "mkdir" in str(late), late
     assert "weights_only" not in str(late) + late.hint  # never an invitation to load it unsafely
