@@ -89,7 +89,7 @@ def parser() -> Parser:
     )
     top.add_argument("--version", action="store_true", help="print the version")
     top.add_argument("--debug", action="store_true", help="show the trace of an error")
-    verbs = top.add_subparsers(dest="verb", metavar="VERB")
+    verbs = top.add_subparsers(title="verbs", dest="verb", metavar="VERB")
     for name, (help, example) in VERBS.items():
         verb = verbs.add_parser(
             name,
