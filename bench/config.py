@@ -35,7 +35,7 @@ class How:
     devices: str = "auto"  # "cpu", "cuda:0,cuda:1", "cpu,cpu": one worker each
     batch: int = 16  # items at a time; halved when memory runs out
     keep: str = "auto"  # media kept: none, sample (64 items by hash), all; auto: all below 2,000 items, else sample
-    threads: int = 0  # of each worker; 0: the cores divided by the workers
+    threads: int = 1  # of each worker; more suit a large model on a CPU, and may change the last digits
     strict: bool = False  # deterministic algorithms only; rehash weights
     isolate: bool = False  # the worker in a process of its own, also for our own adapters
     unit_timeout: float = 0.0  # seconds; 0: ten times the median, at least ten minutes (workers in processes)
@@ -71,8 +71,8 @@ def _validate(how: How, origins: Mapping[str, Value]) -> None:
         refuse("batch", "at least 1")
     if how.keep not in ("auto", "none", "sample", "all"):
         refuse("keep", "none, sample, all or auto")
-    if how.threads < 0:
-        refuse("threads", "0 or more")
+    if how.threads < 1:
+        refuse("threads", "at least 1")
     if how.unit_timeout < 0:
         refuse("unit_timeout", "0 or more seconds")
     if not 0 <= how.max_failures <= 1:

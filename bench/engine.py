@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeAlias
 
 from bench.identity import unit_key
 from bench.types import Error, Record, Stop, Unit
-from bench.worker import Work, Worker
+from bench.worker import Work, Worker, settings
 
 TRIES = 2  # of a unit whose worker died
 LEAST_TIMEOUT = 600.0  # seconds
@@ -49,8 +49,9 @@ class LocalEngine:
         `live` objects (suite, model, manifest) stand in for names where the worker lives in this process.
         """
         if not (self.processes or len(self.devices) > 1):
-            worker = Worker(work, self.devices[0], **live)
-            yield lambda units: (worker(unit) for unit in units)
+            with settings(work.how, self.devices[0]):
+                worker = Worker(work, self.devices[0], **live)
+                yield lambda units: (worker(unit) for unit in units)
             return
         if live.get("model") is not None:
             raise Error("a live model runs in this process only", hint="name the model instead, or use one device")
@@ -189,7 +190,9 @@ def _serve(work: Work, device: str, pipe: Any) -> None:
         os._exit(1)  # a worker does not outlive its driver
 
     threading.Thread(target=follow, daemon=True).start()
+    stack = contextlib.ExitStack()
     try:
+        stack.enter_context(settings(work.how, device))
         worker = Worker(work, device)
     except Error as e:
         pipe.send(("error", (str(e), e.hint)))

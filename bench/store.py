@@ -19,7 +19,7 @@ import re
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -407,7 +407,7 @@ def dump_scores(scores: Iterable[Score]) -> bytes:
     from bench.text import csv_cell
 
     rows = [COLUMNS]
-    rows += [[csv_cell(v) if isinstance(v, str) else _cell(v) for v in asdict(score).values()] for score in scores]
+    rows += [[csv_cell(v) if isinstance(v, str) else _cell(v) for v in (getattr(score, name) for name in COLUMNS)] for score in scores]
     return "".join(",".join(map(_quoted, row)) + "\n" for row in rows).encode("utf-8", "surrogatepass")
 
 

@@ -510,7 +510,7 @@ def check(args: Namespace) -> int:
     bound = config.bind(factory, args.model, {}, config.assignments(args.m, "-m"))
     device = resolve_devices(args.devices)[0]
     model = open_model(args.model, bound.what, bound.how, device)
-    findings = [asdict(f) for f in conformance(model, size=args.size)]
+    findings = [asdict(f) for f in conformance(model, size=args.size, device=device)]
     if args.suite:
         findings.append(_try_suite(args, bound, device))
     if args.json:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import queue
 import shutil
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,7 +72,6 @@ class Worker:
                 self.manifest = load(work.data, digests=digests)
             if work.limit is not None:
                 self.manifest = self.manifest.subset(work.limit)
-        _prepare_torch(work.how, device)
         self.model = model if model is not None else open_model(work.model, work.model_what, work.model_how, device)
         require(self.suite, self.model, work.model)
         self.code = code_digest(type(self.suite))
@@ -130,30 +131,37 @@ class Worker:
         rows: dict[str, dict[str, Json]] = {}
         features: dict[str, list[np.ndarray]] = {}
         blobs: dict[str, str] = {}
-        for ids, media in self.suite.run(unit, self.model, ctx):
-            ids = list(ids)
-            new = [self._row(id, unit, rows) for id in ids]
-            pictures = {name: m for name, m in media.items() if hasattr(m, "shape") and len(m.shape) > 1}
-            self._check(ids, pictures, new)
-            own = [("", {k: v for k, v in media.items() if k not in pictures})]
-            for source, columns in chain(own, ((metric.name, metric.measure(media, ctx)) for metric in metrics)):
-                for name, values in columns.items():
-                    if not hasattr(values, "__len__"):
-                        raise BadOutput(f"{source or 'run'}: {name} is {type(values).__name__}, not a list or an array")
-                    if len(values) != len(ids):
-                        raise BadOutput(f"{source or 'run'}: {name} has {len(values)} values for {len(ids)} items")
-                    if hasattr(values, "ndim") and values.ndim > 1:
-                        features.setdefault(name, []).append(np.asarray(values, np.float32))
-                    elif name in OWN_COLUMNS:
-                        raise BadOutput(f"{source or 'run'}: {name!r} is a column of the harness; choose another name")
-                    else:
-                        for row, value in zip(new, values, strict=True):
-                            row[name] = as_json(value)
-            for i, id in enumerate(ids):
-                rows[id] = new[i]
-                if self.work.kept is None or id in self.work.kept:
-                    for name, batch_media in pictures.items():
-                        blobs[f"media/{name}/{id}"] = self.store.put(*encode(batch_media[i], self.suite.value_range))
+        with ahead(self.suite.run(unit, self.model, ctx)) as batches:
+            for ids, media in batches:
+                ids = list(ids)
+                new = [self._row(id, unit, rows) for id in ids]
+                pictures = {name: m for name, m in media.items() if hasattr(m, "shape") and len(m.shape) > 1}
+                self._check(ids, pictures, new)
+                own = [("", {k: v for k, v in media.items() if k not in pictures})]
+                for source, columns in chain(own, ((metric.name, metric.measure(media, ctx)) for metric in metrics)):
+                    for name, values in columns.items():
+                        if not hasattr(values, "__len__"):
+                            raise BadOutput(
+                                f"{source or 'run'}: {name} is {type(values).__name__}, not a list or an array"
+                            )
+                        if len(values) != len(ids):
+                            raise BadOutput(f"{source or 'run'}: {name} has {len(values)} values for {len(ids)} items")
+                        if hasattr(values, "ndim") and values.ndim > 1:
+                            features.setdefault(name, []).append(np.asarray(values, np.float32))
+                        elif name in OWN_COLUMNS:
+                            raise BadOutput(
+                                f"{source or 'run'}: {name!r} is a column of the harness; choose another name"
+                            )
+                        else:
+                            for row, value in zip(new, values, strict=True):
+                                row[name] = as_json(value)
+                for i, id in enumerate(ids):
+                    rows[id] = new[i]
+                    if self.work.kept is None or id in self.work.kept:
+                        for name, batch_media in pictures.items():
+                            blobs[f"media/{name}/{id}"] = self.store.put(
+                                *encode(batch_media[i], self.suite.value_range)
+                            )
         missing = [id for id in unit.items if id not in rows]
         if missing:
             raise BadOutput(f"run() left out {len(missing)} of {len(unit.items)} items, {missing[0]!r} first")
@@ -325,24 +333,86 @@ def require(suite: Suite, obj: Any, name: str) -> None:
         )
 
 
-def _prepare_torch(how: How, device: str) -> None:
+@contextlib.contextmanager
+def settings(how: How, device: str) -> Iterator[None]:
+    """Threads, TF32 and determinism as `how` says, for as long as a worker lives; then as they were before.
+
+    One thread unless told otherwise, so that sums have the same order on any machine and under any engine.
+    """
     import os
 
-    workers = max(1, len(how.devices.split(",")))
-    threads = how.threads or max(1, (os.cpu_count() or 1) // workers)
-    if device == "cpu" and not how.strict and "torch" not in sys.modules:
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is imported, if the suite or model needs it
-        return
-    import torch
+    from threadpoolctl import threadpool_limits
 
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_num_threads(threads)
-    if how.strict:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise Error(f"device {device} is not available", hint="--devices cpu, or install a driver that torch can use")
+    if device.startswith("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise Error(
+                f"device {device} is not available", hint="--devices cpu, or install a driver that torch can use"
+            )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(threadpool_limits(how.threads))
+        if device == "cpu" and not how.strict and "torch" not in sys.modules:
+            old = os.environ.get("OMP_NUM_THREADS")
+            os.environ["OMP_NUM_THREADS"] = str(how.threads)  # read when torch is imported, if suite or model need it
+            stack.callback(os.environ.pop if old is None else os.environ.__setitem__, "OMP_NUM_THREADS", old)
+            yield
+            return
+        import torch
+
+        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        stack.callback(setattr, matmul, "allow_tf32", matmul.allow_tf32)
+        stack.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        matmul.allow_tf32 = cudnn.allow_tf32 = False
+        torch.set_num_threads(how.threads)
+        if how.strict:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+            torch.use_deterministic_algorithms(True)
+        yield
+
+
+@contextlib.contextmanager
+def ahead(batches: Iterator[Any]) -> Iterator[Iterator[Any]]:
+    """The same batches, the next one being made in a thread while the last is measured."""
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(1)
+    leaving = threading.Event()
+
+    def hand_over(kind: str, value: Any = None) -> None:
+        while not leaving.is_set():
+            with contextlib.suppress(queue.Full):
+                return ready.put((kind, value), timeout=0.05)
+
+    def make() -> None:
+        try:
+            for batch in batches:
+                hand_over("batch", batch)
+                if leaving.is_set():
+                    return
+            hand_over("end")
+        except BaseException as e:  # raised again where the batches are taken
+            hand_over("error", e)
+
+    def take() -> Iterator[Any]:
+        while True:
+            kind, value = ready.get()
+            if kind == "error":
+                raise value
+            if kind == "end":
+                return
+            yield value
+
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    try:
+        yield take()
+    except Exception:
+        leaving.set()
+        thread.join()  # the model must be idle before the next unit
+        raise
+    finally:
+        leaving.set()
 
 
 @cache
