@@ -33,7 +33,7 @@ from suites.reconstruction.recipes import (
 CHECKPOINTS = Path(features.__file__).parent / "checkpoints"
 RECIPES = {
     "mini-ae-16": MiniAE(),
-    "mini-ae-32": MiniAE(width=32, latent_channels=8),
+    "mini-ae-32": MiniAE(width=32, latent_channels=8, steps=2600, lr=8e-4),
     "mini-features": MiniFeatures(),
 }
 GOLDEN = [
@@ -158,13 +158,13 @@ def psnrs():
     return found
 
 
-FLOORS = {"mini-ae-16": (20.0, 20.0, 20.0), "mini-ae-32": (20.0, 20.0, 20.0)}  # dB
+FLOORS = {"mini-ae-16": (26.94, 28.52, 30.99), "mini-ae-32": (29.12, 30.49, 32.62)}  # dB, as measured
 
 
 def test_autoencoders_reconstruct_photographs_they_never_saw(psnrs):
-    """Floors 0.3 dB below what the README states; bilinear shrinking and enlarging reaches 21.5 to 28.3 dB."""
+    """At most 0.1 dB below what the README states; shrinking and enlarging bilinearly reaches 21 to 28 dB."""
     for name, floors in FLOORS.items():
-        assert (np.array(psnrs[name]) > np.array(floors) - 0.3).all(), psnrs
+        assert (np.array(psnrs[name]) > np.array(floors) - 0.1).all(), psnrs
 
 
 def test_the_larger_autoencoder_is_better_on_every_photograph(psnrs):
