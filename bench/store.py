@@ -406,8 +406,10 @@ def dump_scores(scores: Iterable[Score]) -> bytes:
     """scores.csv: one score a line, floats that read back exactly, text that no spreadsheet computes."""
     from bench.text import csv_cell
 
-    rows = [COLUMNS]
-    rows += [[csv_cell(v) if isinstance(v, str) else _cell(v) for v in (getattr(score, name) for name in COLUMNS)] for score in scores]
+    rows: list[Sequence[str]] = [COLUMNS]
+    for score in scores:
+        values = [getattr(score, name) for name in COLUMNS]
+        rows.append([csv_cell(v) if isinstance(v, str) else _cell(v) for v in values])
     return "".join(",".join(map(_quoted, row)) + "\n" for row in rows).encode("utf-8", "surrogatepass")
 
 
