@@ -542,6 +542,24 @@ def test_a_signal_saves_says_how_to_go_on_and_gives_its_exit_code(tmp_path, numb
     assert f"continue with:\n  bench score {TOYS}:Drawing --model {TOYS}:Painter -p num=200" in done.err
 
 
+def test_a_signal_in_the_middle_of_an_append_waits_until_the_record_is_whole_and_counted(tmp_path, monkeypatch):
+    real, sent = os.write, []
+
+    def interrupted(fd, data):
+        if "units.jsonl" in os.readlink(f"/proc/self/fd/{fd}") and not sent:
+            sent.append(real(fd, bytes(data)[:20]))
+            os.kill(os.getpid(), signal.SIGINT)
+            return sent[0]
+        return real(fd, data)
+
+    monkeypatch.setattr(os, "write", interrupted)
+    quiet = Quiet()
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path, quiet=quiet)
+    log = next(Store(tmp_path).runs()).log("").read_bytes()
+    assert sent and log.count(b"\n") == 1 == len(quiet.records) and log.endswith(b"}\n")
+
+
 def test_a_disk_that_fills_stops_the_run_and_the_same_command_completes_it(tmp_path, monkeypatch):
     whole = go(tmp_path / "whole", Drawing(num=10))
     real, calls = os.fsync, []
