@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import platform
 import resource
 import statistics
@@ -73,7 +74,7 @@ def write(name: str, title: str, rows: list[Row]) -> None:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        f"{made['cpu']}, {made['cores']} cores, Python {platform.python_version()}; "
+        f"{made['cpu']}, {made['cores']} cores, load {os.getloadavg()[1]:.1f}, Python {platform.python_version()}; "
         + ", ".join(f"{k} {v}" for k, v in versions.items()),
         "",
     ]
