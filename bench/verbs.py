@@ -309,9 +309,9 @@ def _render(board: str | None, store: Store, out: Path | None):
 
 def demo(args: Namespace) -> int:
     """The plan that ships with the harness, on embedded models and data."""
-    how, origins = config.resolve_how({}, {"store": args.store, "devices": "cpu", "keep": "sample"})
     path = Path(__file__).with_name("demo.toml")
     plan = config.read_plan(path)
+    how, origins = config.resolve_how(plan["how"], {"store": args.store}, path.name)
     store = Store(how.store)
     steps = list(_plan_steps(plan, path.name, Namespace(seed=None, limit=None)))
     complete = True

@@ -42,8 +42,12 @@ class VAE:
         *,
         device: str = "cpu",
     ):
+        import torch
+
         self.net = _open(weights, dtype, IMAGE_CLASSES).to(device)
         self.kind = type(self.net).__name__
+        if self.kind != "AutoencoderKLCosmos":  # whose convolutions are three-dimensional
+            self.net.to(memory_format=torch.channels_last)  # up to twice as fast
         self.factor = _factor(self.net)  # px of an image's side per latent
         self.device = device
 
@@ -53,7 +57,7 @@ class VAE:
 
         _check_sides(images, self.factor)
         with torch.no_grad():
-            x = images.to(self.device, self.net.dtype)
+            x = images.to(self.device, self.net.dtype).contiguous(memory_format=torch.channels_last)
             if self.kind == "VQModel":
                 return self._codes(self.net.encode(x).latents)
             if self.kind == "AutoencoderTiny":

@@ -98,6 +98,7 @@ class Collection:
     runs: dict[str, Any] = field(default_factory=dict)  # those that are in the store
     partial: list[str] = field(default_factory=list)  # runs left out
     limited: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)  # folders of the store that cannot be read
     kept: Mapping[str, Any] = field(default_factory=dict)  # runs.json of the earlier page, when it is whole
     pairs: dict[tuple[str, str, str], Estimate] = field(default_factory=dict)  # of the earlier page
 
@@ -223,7 +224,7 @@ def collect(board: Board, store: Any, out: Path) -> Collection:
     found = Collection(board)
     wanted = "store" in board.sources
     if wanted and store is not None:
-        for run in store.runs():
+        for run in store.runs(broken=lambda name, e: found.broken.append(name)):
             if not _selected(board, str(run.spec["suite"]), str(run.meta["model"])):
                 continue
             if run.spec.get("limit") is not None:
