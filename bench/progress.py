@@ -6,12 +6,13 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import parent_process
 from typing import Any
 
 from bench.execution import Observer
 from bench.show import counted
 from bench.store import Run
-from bench.text import duration
+from bench.text import duration, say
 from bench.types import Record, Stop, Unit
 
 
@@ -38,7 +39,7 @@ class Bar(Observer):
         done = len(units) - len(pending)
         again = f", {failed} to retry" if failed else ""
         self.say(f"{run.id}   {counted(len(units), 'unit')}, {counted(items, 'item')}{clusters}, {done:,} done{again}")
-        if pending and sys.stderr.isatty():
+        if pending and sys.stderr.isatty() and parent_process() is None:  # processes would draw over each other
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
 
@@ -64,8 +65,6 @@ class Bar(Observer):
             self.progress.update(self.task, advance=1, note=note)
 
     def say(self, text: str) -> None:
-        from bench.verbs import say
-
         say(text)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:

@@ -9,6 +9,7 @@ import math
 import netrc
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -109,6 +110,12 @@ def secrets() -> Secrets:
 
 
 _secrets: Secrets | None = None
+
+
+def say(text: str = "") -> None:
+    """A line for the reader: to stderr, without control characters, secrets masked."""
+    for part in text.split("\n"):
+        print(plain(mask(part)), file=sys.stderr)
 
 
 def csv_cell(text: str) -> str:

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import json
-import shlex
-import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from bench import config, registry
 from bench.config import How, Value
-from bench.store import Run, Store
+from bench.steps import Step, flag_steps, list_fields, plan_steps, prepare_step, product, refuse_code, run_steps
+from bench.store import Store
+from bench.text import say
 from bench.types import Error, UsageError
 
 HOW = tuple(f.name for f in fields(How))
-
-
-def say(text: str = "") -> None:
-    """A line for the reader: to stderr, without control characters, secrets masked."""
-    from bench.text import mask, plain
-
-    for part in text.split("\n"):
-        print(plain(mask(part)), file=sys.stderr)
 
 
 def emit(kind: str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -35,21 +25,6 @@ def emit(kind: str, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 # -- score
-
-
-@dataclass(frozen=True)
-class Step:
-    """One run that was asked for: a suite on a model with its values, where they were written."""
-
-    suite: str
-    model: str
-    fields: Mapping[str, Any] = field(default_factory=dict)  # from a plan
-    params: Mapping[str, str] = field(default_factory=dict)  # from flags
-    plan_args: Mapping[str, Any] = field(default_factory=dict)
-    model_args: Mapping[str, str] = field(default_factory=dict)
-    seed: int = 0
-    limit: int | None = None
-    where: str = "plan"
 
 
 def score(args: Namespace) -> int:
@@ -64,29 +39,26 @@ def score(args: Namespace) -> int:
         plan, where = config.read_plan(Path(args.what[0])), Path(args.what[0]).name
         if args.model or args.m or args.p:
             raise UsageError("a plan names its own models and parameters", hint="edit the plan, or leave it out")
-        _refuse_code(plan, Path(args.what[0]), args.allow_code)
+        refuse_code(plan, Path(args.what[0]), args.allow_code)
     flags = {name: getattr(args, name, None) for name in HOW}
     how, how_origins = config.resolve_how(plan.get("how", {}), flags, where)
     store = Store(how.store)
-    steps = list(_plan_steps(plan, where, args)) if plan else list(_flag_steps(args))
+    steps = list(plan_steps(plan, where, args)) if plan else list(flag_steps(args))
     if not args.explain:
         for step in plan.get("train", ()):
             for one in _train_steps(step, where):
                 _train(**one, device=how.devices)
     runs, complete = [], True
-    for step in steps:
-        if args.explain:
+    if args.explain:
+        for step in steps:
             _explain(step, store, how, how_origins, args.shard)
-            continue
-        run, whole = run_step(
-            step, store, how, shard=args.shard, fresh=args.fresh, origins=how_origins, typed=args.typed
-        )
+        return 0
+    options = {"shard": args.shard, "fresh": args.fresh, "origins": how_origins, "typed": args.typed}
+    for run, whole in run_steps(steps, store, how, **options):
         runs.append(run)
         complete &= whole
         if not args.json:
             print_scores(run)
-    if args.explain:
-        return 0
     if args.json:
         emit("scores", [asdict(s) for run in runs for s in run.scores()])
     for board in plan.get("board", ()):
@@ -94,179 +66,12 @@ def score(args: Namespace) -> int:
     return 0 if complete else 3
 
 
-def run_step(
-    step: Step,
-    store: Store,
-    how: How,
-    *,
-    shard: str = "",
-    fresh: bool = False,
-    origins: Mapping[str, Value] | None = None,
-    typed: Sequence[str] = (),
-) -> tuple[Run, bool]:
-    """Carries one step out, with a bar. Returns the run and whether all that was asked for is there."""
-    with contextlib.redirect_stdout(sys.stderr):  # stdout carries data only, whatever suites and models print
-        return _run_step(step, store, how, shard, fresh, origins, typed)
-
-
-def _run_step(step, store, how, shard, fresh, origins, typed) -> tuple[Run, bool]:
-    from bench.execution import carry_out, parse_shard
-    from bench.progress import Bar
-    from bench.show import counted
-    from bench.text import mask
-
-    plan, suite_origins = _prepare(step, store, how)
-    typed = shlex.join(["bench", *typed])
-    meta = {
-        "command": mask(typed),
-        "suite_ref": step.suite,
-        "config": _origins(
-            {
-                **{f"-p {k}": v for k, v in suite_origins.items()},
-                **{f"-m {k}": v for k, v in plan.arguments.origins.items()},
-                **(origins or {}),
-            }
-        ),
-        "again": mask(command_of(step, store)),
-    }
-    with Bar(shlex.join(p for p in shlex.split(typed) if p != "--fresh")) as bar:
-        run = carry_out(
-            plan, store, how, seed=step.seed, limit=step.limit, shard=shard, fresh=fresh, extra_meta=meta, observer=bar
-        )
-    mine = {run.key(u) for u in (plan.units[slice(*parse_shard(shard))] if shard else plan.units)}
-    failures = [r for r in run.failures() if r.key in mine]
-    left = len(run.pending(plan.units)) - len(run.failures())
-    if failures:
-        which = f"bench show {run.id} names them; the same command tries again"
-        say(f"{len(failures)} of {counted(len(mine), 'unit')} failed: {which}")
-    if left and shard:
-        say(f"{left} of {counted(len(plan.units), 'unit')} left to other shards")
-    flat = sum("flat" in row for row in run.table().rows)
-    if flat:
-        say(f"the model gave one flat colour for {flat} of {run.meta['items']:,} items; they are scored")
-    partial = [s.metric for s in run.scores() if not s.complete]
-    whole = not failures and (bool(shard) or not (left or partial))
-    if whole and not left:
-        say(f"complete. {run.path}")
-    elif partial and not failures and not left:
-        say(f"partial: {', '.join(dict.fromkeys(partial))} is not measured for every item. {run.path}")
-    return run, whole
-
-
-def _prepare(step: Step, store: Store, how: How):
-    from bench.execution import prepare
-
-    cls = registry.find("suites", step.suite)
-    suite, origins = config.build(cls, step.fields, step.params, step.where)
-    factory = registry.find("adapters", step.model)
-    arguments = config.bind(factory, step.model, step.plan_args, step.model_args, step.where)
-    plan = prepare(
-        suite,
-        step.model,
-        arguments,
-        store=store,
-        suite_ref=step.suite,
-        seed=step.seed,
-        limit=step.limit,
-        strict=how.strict,
-    )
-    return plan, origins
-
-
-def command_of(step: Step, store: Store) -> str:
-    """The command that does a step: what continues it, what a board prints."""
-    parts = ["bench", "score", step.suite, "--model", step.model]
-    for flag, values in (("-m", {**step.plan_args, **step.model_args}), ("-p", {**step.fields, **step.params})):
-        for name, value in values.items():
-            text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-            parts += [flag, f"{name}={text}"]
-    if step.seed:
-        parts += ["--seed", str(step.seed)]
-    if step.limit is not None:
-        parts += ["--limit", str(step.limit)]
-    if str(store.root) != How().store:
-        parts += ["--store", str(store.root)]
-    return shlex.join(parts)
-
-
-def _origins(values: Mapping[str, Value]) -> dict[str, Any]:
-    from bench.text import mask
-
-    return {name: [mask(str(v.value)) if v.value is not None else None, v.origin] for name, v in values.items()}
-
-
-def _flag_steps(args: Namespace) -> Iterator[Step]:
-    from bench.text import secrets
-
-    if not args.model:
-        raise UsageError("which model?", hint="--model NAME; bench list shows the adapters")
-    params, model_args = config.assignments(args.p, "-p"), config.assignments(args.m, "-m")
-    for name, value in {**params, **model_args}.items():
-        secrets().add_named(name, value)  # what is typed as a key is masked wherever it is written
-    for suite in args.what:
-        yield Step(suite, args.model, params=params, model_args=model_args, seed=args.seed or 0, limit=args.limit)
-
-
-def _plan_steps(plan: Mapping[str, Any], where: str, args: Namespace) -> Iterator[Step]:
-    for run in plan.get("run", ()):
-        cls = registry.find("suites", run["suite"])
-        for params in _product(run.get("params", {}), _lists(cls)):
-            for model_args in _product(run.get("model_args", {}), set()):
-                for seed in [args.seed] if args.seed is not None else run.get("seeds", [0]):
-                    yield Step(
-                        run["suite"],
-                        run["model"],
-                        fields=params,
-                        plan_args=model_args,
-                        seed=config.convert(seed, int, f"{where}: seeds"),
-                        limit=args.limit if args.limit is not None else run.get("limit"),
-                        where=where,
-                    )
-
-
-def _lists(cls: type) -> set[str]:
-    """The fields that are lists themselves."""
-    return {n for n, t in config.field_types(cls).items() if "tuple" in str(t) or "list" in str(t)}
-
-
-def _product(values: Mapping[str, Any], whole: set[str]) -> Iterator[dict[str, Any]]:
-    """Lists are products, but for parameters that are lists themselves."""
-    choices = [v if isinstance(v, list) and k not in whole else [v] for k, v in values.items()]
-    for chosen in itertools.product(*choices):
-        yield dict(zip(values, chosen, strict=True))
-
-
-def _refuse_code(plan: Mapping[str, Any], path: Path, allowed: bool) -> None:
-    """A plan from elsewhere is data: it names Python files only where the user says so."""
-    if allowed or path.resolve().is_relative_to(Path.cwd()):
-        return
-    for step in [*plan.get("run", ()), *plan.get("train", ())]:
-        for name in _texts(step):
-            if registry.is_path(name):
-                raise Error(
-                    f"{path} lies outside the working folder and names the Python file {name}",
-                    hint="read that file, then add --allow-code",
-                )
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in a plan's step, its parameters too: a field may name a judge by its file."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _texts(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _texts(inner)
-
-
 def _explain(step: Step, store: Store, how: How, how_origins: Mapping[str, Value], shard: str) -> None:
     from bench.execution import find_run, parse_shard
     from bench.show import columns
     from bench.store import run_id
 
-    plan, origins = _prepare(step, store, how)
+    plan, origins = prepare_step(step, store, how)
     mine = plan.units[slice(*parse_shard(shard))] if shard else plan.units
     run = find_run(plan, store)
     rows = [["suite", f"{plan.suite.name} version {plan.suite.version}", step.suite], ["model", plan.label, step.model]]
@@ -313,10 +118,8 @@ def demo(args: Namespace) -> int:
     plan = config.read_plan(path)
     how, origins = config.resolve_how(plan["how"], {"store": args.store}, path.name)
     store = Store(how.store)
-    steps = list(_plan_steps(plan, path.name, Namespace(seed=None, limit=None)))
-    complete = True
-    for step in steps:
-        complete &= run_step(step, store, how, origins=origins, typed=args.typed)[1]
+    steps = list(plan_steps(plan, path.name, Namespace(seed=None, limit=None)))
+    complete = all([whole for _, whole in run_steps(steps, store, how, origins=origins, typed=args.typed)])
     for board in plan["board"]:
         out = Path(args.out or "reports") / board["name"]
         print(_render(board["name"], store, out).page)
@@ -353,7 +156,7 @@ def train(args: Namespace) -> int:
 
 
 def _train_steps(step: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
-    for params in _product(step.get("params", {}), _lists(registry.find("recipes", step["recipe"]))):
+    for params in product(step.get("params", {}), list_fields(registry.find("recipes", step["recipe"]))):
         for seed in step.get("seeds", [0]):
             try:
                 out = step["out"].format(seed=seed, **params)

@@ -1,0 +1,266 @@
+"""Steps: the runs that a command line or a plan asks for, carried out one after another, or one on each device."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shlex
+import sys
+import threading
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+from bench import config, registry
+from bench.config import How, Value
+from bench.store import Run, Store
+from bench.text import say
+from bench.types import Error, UsageError
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run that was asked for: a suite on a model with its values, where they were written."""
+
+    suite: str
+    model: str
+    fields: Mapping[str, Any] = field(default_factory=dict)  # from a plan
+    params: Mapping[str, str] = field(default_factory=dict)  # from flags
+    plan_args: Mapping[str, Any] = field(default_factory=dict)
+    model_args: Mapping[str, str] = field(default_factory=dict)
+    seed: int = 0
+    limit: int | None = None
+    where: str = "plan"
+
+
+def run_step(
+    step: Step,
+    store: Store,
+    how: How,
+    *,
+    shard: str = "",
+    fresh: bool = False,
+    origins: Mapping[str, Value] | None = None,
+    typed: Sequence[str] = (),
+) -> tuple[Run, bool]:
+    """Carries one step out, with a bar. Returns the run and whether all that was asked for is there."""
+    with contextlib.redirect_stdout(sys.stderr):  # stdout carries data only, whatever suites and models print
+        return _run_step(step, store, how, shard, fresh, origins, typed)
+
+
+def _run_step(step, store, how, shard, fresh, origins, typed) -> tuple[Run, bool]:
+    from bench.execution import carry_out, parse_shard
+    from bench.progress import Bar
+    from bench.show import counted
+    from bench.text import mask
+
+    plan, suite_origins = prepare_step(step, store, how)
+    typed = shlex.join(["bench", *typed])
+    meta = {
+        "command": mask(typed),
+        "suite_ref": step.suite,
+        "config": _origins(
+            {
+                **{f"-p {k}": v for k, v in suite_origins.items()},
+                **{f"-m {k}": v for k, v in plan.arguments.origins.items()},
+                **(origins or {}),
+            }
+        ),
+        "again": mask(command_of(step, store)),
+    }
+    with Bar(shlex.join(p for p in shlex.split(typed) if p != "--fresh")) as bar:
+        run = carry_out(
+            plan, store, how, seed=step.seed, limit=step.limit, shard=shard, fresh=fresh, extra_meta=meta, observer=bar
+        )
+    mine = {run.key(u) for u in (plan.units[slice(*parse_shard(shard))] if shard else plan.units)}
+    failures = [r for r in run.failures() if r.key in mine]
+    left = len(run.pending(plan.units)) - len(run.failures())
+    if failures:
+        which = f"bench show {run.id} names them; the same command tries again"
+        say(f"{len(failures)} of {counted(len(mine), 'unit')} failed: {which}")
+    if left and shard:
+        say(f"{left} of {counted(len(plan.units), 'unit')} left to other shards")
+    flat = sum("flat" in row for row in run.table().rows)
+    if flat:
+        say(f"the model gave one flat colour for {flat} of {run.meta['items']:,} items; they are scored")
+    partial = [s.metric for s in run.scores() if not s.complete]
+    whole = not failures and (bool(shard) or not (left or partial))
+    if whole and not left:
+        say(f"complete. {run.path}")
+    elif partial and not failures and not left:
+        say(f"partial: {', '.join(dict.fromkeys(partial))} is not measured for every item. {run.path}")
+    return run, whole
+
+
+def run_steps(steps: Sequence[Step], store: Store, how: How, **options: Any) -> Iterator[tuple[Run, bool]]:
+    """Carries steps out; yields each run and whether it is whole, as it ends.
+
+    With several devices and several runs, each device takes a run at a time: a model is opened once and no run waits
+    for another. A single run is spread over all devices.
+    """
+    devices = how.devices.split(",")
+    if len(devices) < 2 or len(steps) < 2:
+        for step in steps:
+            yield run_step(step, store, how, **options)
+        return
+    waiting = list(reversed(steps))
+    spawn = get_context("spawn")
+    helpers: dict[Any, Any] = {}
+    try:
+        for device in devices[: len(steps)]:
+            ours, theirs = spawn.Pipe()
+            one = replace(how, devices=device)
+            helpers[ours] = spawn.Process(target=_help, args=(theirs, str(store.root), one, options))
+            helpers[ours].start()
+            theirs.close()
+            ours.send(waiting.pop())
+        while helpers:
+            for pipe in connection.wait(list(helpers)):
+                try:
+                    answer = pipe.recv()
+                except EOFError:
+                    raise Error("a process that carries out a plan died", hint="the same command continues") from None
+                if isinstance(answer, Error):
+                    raise answer
+                if waiting:
+                    pipe.send(waiting.pop())
+                else:
+                    pipe.close()
+                    helpers.pop(pipe).join()
+                name, whole = answer
+                yield store.run(name), whole
+    finally:
+        for helper in helpers.values():
+            helper.terminate()
+            helper.join(5)
+
+
+def _help(pipe: Any, root: str, how: How, options: Mapping[str, Any]) -> None:
+    """A process that carries out the steps it is sent on one device; it does not outlive the one that sends them."""
+    parent = parent_process()
+
+    def follow() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
+        while True:
+            step = pipe.recv()
+            try:
+                run, whole = run_step(step, Store(root), how, **options)
+                pipe.send((run.id, whole))
+            except Error as e:
+                pipe.send(e)
+
+
+def prepare_step(step: Step, store: Store, how: How):
+    from bench.execution import prepare
+
+    cls = registry.find("suites", step.suite)
+    suite, origins = config.build(cls, step.fields, step.params, step.where)
+    factory = registry.find("adapters", step.model)
+    arguments = config.bind(factory, step.model, step.plan_args, step.model_args, step.where)
+    plan = prepare(
+        suite,
+        step.model,
+        arguments,
+        store=store,
+        suite_ref=step.suite,
+        seed=step.seed,
+        limit=step.limit,
+        strict=how.strict,
+    )
+    return plan, origins
+
+
+def command_of(step: Step, store: Store) -> str:
+    """The command that does a step: what continues it, what a board prints."""
+    parts = ["bench", "score", step.suite, "--model", step.model]
+    for flag, values in (("-m", {**step.plan_args, **step.model_args}), ("-p", {**step.fields, **step.params})):
+        for name, value in values.items():
+            text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            parts += [flag, f"{name}={text}"]
+    if step.seed:
+        parts += ["--seed", str(step.seed)]
+    if step.limit is not None:
+        parts += ["--limit", str(step.limit)]
+    if str(store.root) != How().store:
+        parts += ["--store", str(store.root)]
+    return shlex.join(parts)
+
+
+def _origins(values: Mapping[str, Value]) -> dict[str, Any]:
+    from bench.text import mask
+
+    return {name: [mask(str(v.value)) if v.value is not None else None, v.origin] for name, v in values.items()}
+
+
+def flag_steps(args: Namespace) -> Iterator[Step]:
+    from bench.text import secrets
+
+    if not args.model:
+        raise UsageError("which model?", hint="--model NAME; bench list shows the adapters")
+    params, model_args = config.assignments(args.p, "-p"), config.assignments(args.m, "-m")
+    for name, value in {**params, **model_args}.items():
+        secrets().add_named(name, value)  # what is typed as a key is masked wherever it is written
+    for suite in args.what:
+        yield Step(suite, args.model, params=params, model_args=model_args, seed=args.seed or 0, limit=args.limit)
+
+
+def plan_steps(plan: Mapping[str, Any], where: str, args: Namespace) -> Iterator[Step]:
+    for run in plan.get("run", ()):
+        cls = registry.find("suites", run["suite"])
+        for params in product(run.get("params", {}), list_fields(cls)):
+            for model_args in product(run.get("model_args", {}), set()):
+                for seed in [args.seed] if args.seed is not None else run.get("seeds", [0]):
+                    yield Step(
+                        run["suite"],
+                        run["model"],
+                        fields=params,
+                        plan_args=model_args,
+                        seed=config.convert(seed, int, f"{where}: seeds"),
+                        limit=args.limit if args.limit is not None else run.get("limit"),
+                        where=where,
+                    )
+
+
+def list_fields(cls: type) -> set[str]:
+    """The fields that are lists themselves."""
+    return {n for n, t in config.field_types(cls).items() if "tuple" in str(t) or "list" in str(t)}
+
+
+def product(values: Mapping[str, Any], whole: set[str]) -> Iterator[dict[str, Any]]:
+    """Lists are products, but for parameters that are lists themselves."""
+    choices = [v if isinstance(v, list) and k not in whole else [v] for k, v in values.items()]
+    for chosen in itertools.product(*choices):
+        yield dict(zip(values, chosen, strict=True))
+
+
+def refuse_code(plan: Mapping[str, Any], path: Path, allowed: bool) -> None:
+    """A plan from elsewhere is data: it names Python files only where the user says so."""
+    if allowed or path.resolve().is_relative_to(Path.cwd()):
+        return
+    for step in [*plan.get("run", ()), *plan.get("train", ())]:
+        for name in _texts(step):
+            if registry.is_path(name):
+                raise Error(
+                    f"{path} lies outside the working folder and names the Python file {name}",
+                    hint="read that file, then add --allow-code",
+                )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a plan's step, its parameters too: a field may name a judge by its file."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
