@@ -12,7 +12,7 @@ from bench.report.collect import Collection, Facts
 from bench.types import Error, Record
 
 MOST = 48  # tiles on a page
-MODELS = 6  # at most, the best first
+MODELS = 6  # at most, from the best to the worst
 SIDE = 176  # px, longer side of a thumbnail
 GAIN = 5  # of the difference, said on the page
 BLUR = 9  # px, longer side of what a blurred picture is made from: nothing can be read from it
@@ -26,7 +26,7 @@ def tiles(found: Collection, runs: Sequence[str], items: int, kept: Mapping[str,
     `runs` are shown in their order; `kept` are the tiles of the page as it was, for runs that are not in the store.
     Items are those that most of the runs kept, in the order of the hash of their id: no taste is involved.
     """
-    shown = [r for r in runs if may_show(found.facts[r])][:MODELS]
+    shown = _spread([r for r in runs if may_show(found.facts[r])], MODELS)
     if not shown or not items:
         return {}
     media = {r: _media(found.runs[r].records()) if r in found.runs else None for r in shown}
@@ -46,6 +46,13 @@ def tiles(found: Collection, runs: Sequence[str], items: int, kept: Mapping[str,
             store = found.runs[r].store
             result[r] = {i: _tile(store, media[r][i], found.facts[r].sensitive) for i in here}
     return result
+
+
+def _spread(runs: Sequence[str], most: int) -> list[str]:
+    """At most so many, evenly from the first to the last."""
+    if len(runs) <= most:
+        return list(runs)
+    return [runs[round(i * (len(runs) - 1) / (most - 1))] for i in range(most)]
 
 
 def may_show(facts: Facts) -> bool:
