@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import math
 import os
+import re
 import tomllib
 import types
 import typing
@@ -17,6 +18,7 @@ from typing import Any, Literal
 from bench.types import Data, Error, Model, UsageError, Weights
 
 MAX_PLAN_BYTES = 16_000_000
+SECRET_WORD = re.compile(r"(^|_)(api_?key|key|token|secret|password)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,11 @@ def bind(
     for p in known:
         parameter = parameters[p]
         kind = hints.get(p, str if parameter.default in (parameter.empty, None) else type(parameter.default))
+        if parameter.kind is not parameter.KEYWORD_ONLY and SECRET_WORD.search(p):
+            raise Error(
+                f"adapter {name!r} takes {p} before `*`: it would be written into every run's identity",
+                hint=f"move {p} behind `*`, or read it from the environment",
+            )
         if p in flags:
             value, origin = convert(flags[p], kind, f"-m {p}"), "flag"
         elif p in plan:

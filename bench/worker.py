@@ -23,6 +23,7 @@ from bench.config import How, bind
 from bench.identity import canonical, digest, file_digest, seed_for, unit_key
 from bench.store import Store
 from bench.suite import Suite
+from bench.text import secrets
 from bench.types import Error, Item, Json, Record, Stop, Unit
 
 TRACE_CHARACTERS = 8_000
@@ -72,6 +73,8 @@ class Worker:
                 self.manifest = load(work.data, digests=digests)
             if work.limit is not None:
                 self.manifest = self.manifest.subset(work.limit)
+        for name, value in work.model_how.items():
+            secrets().add_named(name, str(value))  # a process of its own was not told what was typed
         self.model = model if model is not None else open_model(work.model, work.model_what, work.model_how, device)
         require(self.suite, self.model, work.model)
         self.code = code_digest(type(self.suite))

@@ -288,3 +288,13 @@ def test_the_environment_reaches_how_and_never_a_specification(tmp_path):
         specs.append((run.name, body["spec"]))
         assert body["config"]["batch"] == (["16", "default"] if not env else ["1", "BENCH_BATCH"])
     assert specs[0] == specs[1]
+
+
+def test_a_key_never_becomes_part_of_an_identity():
+    def before(api_key: str, tokenizer: str = "bpe"): ...
+
+    def after(tokenizer: str = "bpe", *, api_key: str = ""): ...
+
+    with pytest.raises(Error, match="api_key before `\\*`"):
+        bind(before, "before", {}, {"api_key": "hunter2hunter2"})
+    assert bind(after, "after", {}, {"api_key": "hunter2hunter2"}).what == {"tokenizer": "bpe"}

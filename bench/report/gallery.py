@@ -9,10 +9,11 @@ from typing import Any
 
 from bench.identity import digest
 from bench.report.collect import Collection, Facts
+from bench.report.figures import family
 from bench.types import Error, Record
 
 MOST = 48  # tiles on a page
-MODELS = 6  # at most, from the best to the worst
+MODELS = 6  # at most
 SIDE = 176  # px, longer side of a thumbnail
 GAIN = 5  # of the difference, said on the page
 BLUR = 9  # px, longer side of what a blurred picture is made from: nothing can be read from it
@@ -26,7 +27,7 @@ def tiles(found: Collection, runs: Sequence[str], items: int, kept: Mapping[str,
     `runs` are shown in their order; `kept` are the tiles of the page as it was, for runs that are not in the store.
     Items are those that most of the runs kept, in the order of the hash of their id: no taste is involved.
     """
-    shown = _spread([r for r in runs if may_show(found.facts[r])], MODELS)
+    shown = _various([r for r in runs if may_show(found.facts[r])], found.facts)
     if not shown or not items:
         return {}
     media = {r: _media(found.runs[r].records()) if r in found.runs else None for r in shown}
@@ -48,11 +49,14 @@ def tiles(found: Collection, runs: Sequence[str], items: int, kept: Mapping[str,
     return result
 
 
-def _spread(runs: Sequence[str], most: int) -> list[str]:
-    """At most so many, evenly from the first to the last."""
-    if len(runs) <= most:
-        return list(runs)
-    return [runs[round(i * (len(runs) - 1) / (most - 1))] for i in range(most)]
+def _various(runs: Sequence[str], facts: Mapping[str, Facts]) -> list[str]:
+    """At most MODELS: the first of each family, then the last of each; in their order."""
+    families: dict[str, list[str]] = {}
+    for r in runs:
+        families.setdefault(family(facts[r].model), []).append(r)
+    picked = [of[0] for of in families.values()] + [of[-1] for of in families.values()] + list(runs)
+    chosen = set(list(dict.fromkeys(picked))[:MODELS])
+    return [r for r in runs if r in chosen]
 
 
 def may_show(facts: Facts) -> bool:
