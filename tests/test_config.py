@@ -298,3 +298,21 @@ def test_a_key_never_becomes_part_of_an_identity():
     with pytest.raises(Error, match="api_key before `\\*`"):
         bind(before, "before", {}, {"api_key": "hunter2hunter2"})
     assert bind(after, "after", {}, {"api_key": "hunter2hunter2"}).what == {"tokenizer": "bpe"}
+
+
+def test_several_devices_take_a_run_of_a_plan_each(tmp_path):
+    """What two processes score, two runs at a time, is what one scores; a run that cannot start stops the plan."""
+    text = PLAN.format(toys=TOYS).replace("[0.0, 0.25]", "0.25").replace("[2, 3]", "2")
+    (tmp_path / "plan.toml").write_text(text)
+    alone = command(tmp_path, "score", "plan.toml", "--json", "--store", "one", "--devices", "cpu")
+    both = command(tmp_path, "score", "plan.toml", "--json", "--store", "two", "--devices", "cpu,cpu")
+    assert both.code == 0, both.err
+
+    def rows(done):
+        return sorted(json.dumps(r, sort_keys=True) for r in json.loads(done.out)["rows"])
+
+    assert rows(both) == rows(alone) and len(json.loads(both.out)["rows"]) >= 2
+    assert len(list((tmp_path / "two" / "runs").glob("*/run.json"))) == 2
+    (tmp_path / "plan.toml").write_text(text.replace("Painter", "Missing"))
+    done = command(tmp_path, "score", "plan.toml", "--store", "three", "--devices", "cpu,cpu")
+    assert done.code == 2 and "Missing" in done.err and "Traceback" not in done.err, done.err
