@@ -73,7 +73,7 @@ def compare(a: Run, b: Run) -> Comparison:
             mean_a, mean_b = (sum(p[side] for p in pairs) / len(pairs) if pairs else None for side in (1, 2))
             verdict = _verdict(d.low, d.high, score.better, a.meta["model"], b.meta["model"])
             differences.append(Difference(score.metric, mean_a, mean_b, d.value, d.low, d.high, d.n, verdict))
-            if score.better != "none":
+            if score.better == "higher":
                 movers[score.metric] = sorted(pairs, key=lambda p: (-abs(p[2] - p[1]), p[0]))[:MOVERS]
         else:
             same = score.signature == twin.signature

@@ -21,7 +21,7 @@ from bench.identity import digest, fingerprint
 from bench.store import Run, Store, dump_scores, run_id
 from bench.suite import Suite
 from bench.types import Error, Json, Model, Record, Score, Unit, UsageError, Weights
-from bench.worker import Work, parse_model, require
+from bench.worker import Work, parse_model, require, utc
 
 SAMPLE = 64  # items whose media a sample keeps
 KEEP_ALL_BELOW = 2_000  # items
@@ -213,7 +213,9 @@ def carry_out(
         with engine.open(work, **live) as measure:
             if len(pending) > PREFLIGHT_ABOVE and len(pending[0].items) > 2:
                 _try_two_items(pending[0], measure, work.model)
-            run = store.open(plan.spec, {**plan.meta, **(extra_meta or {}), **_provenance()}, fresh=fresh)
+            run = store.open(
+                plan.spec, {**plan.meta, **(extra_meta or {}), **_provenance(), "started": utc()}, fresh=fresh
+            )
             observer.begin(run, mine, pending)
             _record(run, measure, pending, shard, how, observer)
     else:

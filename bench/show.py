@@ -12,9 +12,12 @@ from typing import Any
 
 from bench import registry
 from bench.capabilities import CAPABILITIES, has, held
+from bench.identity import slug
 from bench.store import Run, Store
 from bench.text import plain
 from bench.types import Error, Score
+
+FIGURE_INCHES = (6.4, 4.0)
 
 
 def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -52,6 +55,11 @@ def coverage(score: Score) -> str:
     return f"{score.n:,}" if score.n == score.expected else f"{score.n:,}/{score.expected:,}"
 
 
+def shortened(text: str, limit: int = 60) -> str:
+    """The beginning of a long text."""
+    return text if len(text) <= limit else text[: limit - 3].rstrip() + "..."
+
+
 def print_scores(run: Run, slices: bool = False) -> None:
     """The scores of a run, to stdout."""
     rows = [
@@ -69,12 +77,8 @@ def print_run(run: Run, slices: bool) -> None:
     print(run.id)
     rows = [["suite", f"{run.spec['suite']} version {run.spec['suite_version']}"], ["model", meta["model"]]]
     for m in meta["manifests"]:
-        rows.append(
-            [
-                "data",
-                f"{m['name']}, {counted(m['items'], 'item')} in {counted(m['clusters'], 'cluster')}, {m['license']}",
-            ]
-        )
+        size = f"{counted(m['items'], 'item')} in {counted(m['clusters'], 'cluster')}"
+        rows.append(["data", f"{m['name']}, {size}, {shortened(m['license'])}"])
     rows += [["seed", str(run.spec["seed"])], ["started", str(meta.get("started", ""))], ["folder", str(run.path)]]
     rows += [["again", meta["again"]]] if meta.get("again") else []
     print(columns(["", ""], rows).lstrip("\n"))
@@ -128,10 +132,18 @@ def _cell(value: Any) -> str:
 
 def draw_figures(run: Run, folder: Path) -> list[Path]:
     """The suite's figures of one run as SVG, each with a CSV beside it."""
+    from bench import door
     from bench.execution import suite_of
-    from bench.report.figures import save_figure
+    from bench.report.figures import render
 
-    return [path for figure in suite_of(run).figures(run.table()) for path in save_figure(figure, folder)]
+    door.make_folder(folder)
+    written = []
+    for figure in suite_of(run).figures(run.table()):
+        drawing = render(slug(figure.name), figure.title, "", figure.rows, FIGURE_INCHES, figure.draw)
+        for suffix, data in ((".svg", drawing.svg), (".csv", drawing.csv)):
+            written.append(folder / (drawing.name + suffix))
+            door.replace(written[-1], data)
+    return written
 
 
 # -- list

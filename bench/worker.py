@@ -88,7 +88,7 @@ class Worker:
     def __call__(self, unit: Unit, attempt: int = 1) -> Record:
         from bench.text import mask, plain
 
-        begin, started = time.monotonic(), _utc()
+        begin, started = time.monotonic(), utc()
         batch, error = self.batch, None
         rows: tuple[Mapping[str, Json], ...] = ()
         blobs: dict[str, str] = {}
@@ -492,5 +492,5 @@ def _device_name(device: str) -> str:
     return f"{device} {platform.machine()}"
 
 
-def _utc() -> str:
+def utc() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -258,3 +258,8 @@ def test_reconstruction_on_photographs(tmp_path):
     scores = next(Store(tmp_path / ".bench").runs()).scores()
     psnr = next(s for s in scores if s.metric == "psnr" and s.slice == "all")
     assert psnr.complete and psnr.n + int(psnr.note.partition(" identical")[0] or 0) == 4 and 5 < psnr.value < 60
+    done = command(tmp_path, "show", "reconstruction", "--figures", "figures")
+    assert done.code == 0, done.err
+    drawn = [tmp_path / line for line in done.out.split()]
+    assert {p.name for p in drawn} == {"psnr.svg", "psnr.csv", "bands.svg", "bands.csv"}
+    assert all(p.stat().st_size > 50 for p in drawn)
