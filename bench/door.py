@@ -7,9 +7,12 @@ import errno
 import os
 import secrets
 import shutil
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from bench.types import Error, Stop
 
@@ -132,6 +135,34 @@ class Appender:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[list[int]]:
+    """Signals that end the process are noted in the list instead, until what must be whole is whole. A second one acts.
+
+    Handlers are exchanged, not signals blocked: a signal may reach any thread of the process; the handler runs here.
+    """
+    arrived: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield arrived
+        return
+
+    def note(number: int, frame: Any) -> None:
+        arrived.append(number)
+        signal.signal(number, before[number])
+
+    before = {n: h for n in ENDING if (h := signal.getsignal(n)) is not None}
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield arrived
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import itertools
 import math
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from bench import registry
+from bench import door, registry
 from bench.config import Arguments, How, bind, data_field, markers
 from bench.engine import LocalEngine, Measure
 from bench.identity import digest, fingerprint
@@ -243,9 +242,11 @@ def _record(run: Run, measure: Measure, pending: Sequence[Unit], shard: str, how
     with run.writer(shard, observer.say) as log:
         for record in measure(ordered):
             record = replace(record, attempt=record.attempt + attempts.get(record.unit, 0))
-            with _signals_wait():
+            with door.signals_held() as came:
                 log.append(record_line(record))
                 observer.done(by_id[record.unit], record)
+            if came:
+                signal.raise_signal(came[0])
             done += 1
             failed += record.status == "failed"
             if failed > allowed and done < len(pending):
@@ -259,8 +260,6 @@ def _record(run: Run, measure: Measure, pending: Sequence[Unit], shard: str, how
 
 def derive(run: Run, suite: Suite) -> list[Score]:
     """Reduces the records to scores.csv; again when another shard appended meanwhile."""
-    from bench import door
-
     while True:
         seen = run.sizes()
         table = run.table()
@@ -442,7 +441,6 @@ def _foreign(plan: Plan) -> bool:
 
 def _preflight(plan: Plan, store: Store) -> None:
     """What can fail is tried first: files of the manifest, room and access in the store."""
-    from bench import door
 
     if plan.manifest is not None:
         with store.digests() as plan.manifest.digests:
@@ -486,14 +484,3 @@ def parse_shard(text: str) -> tuple[int, None, int]:
     if not (slash and part.isdigit() and count.isdigit() and int(part) < int(count)):
         raise UsageError(f"--shard {text!r} is not k/n with 0 <= k < n", hint="--shard 0/16 is the first of sixteen")
     return int(part), None, int(count)
-
-
-@contextlib.contextmanager
-def _signals_wait() -> Iterator[None]:
-    """Signals that end a run are delivered after the record is durable, never in the middle of it."""
-    held_back = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    old = signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, old)

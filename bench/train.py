@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import math
@@ -10,9 +9,8 @@ import pickle
 import shutil
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,7 +182,7 @@ def train(
 
 def _steps(run: Run, model: Any, progress: Callable | None, save_every: float) -> Any:
     steps = run.recipe.train(model, run)
-    with _signals_wait() as arrived:
+    with door.signals_held() as arrived:
         while True:
             try:
                 losses = next(steps)
@@ -305,28 +303,6 @@ def _finished(out: Path, identity: str) -> bool:
             hint="give another --out, or remove that folder",
         )
     return True
-
-
-@contextlib.contextmanager
-def _signals_wait() -> Iterator[list[int]]:
-    """Holds SIGINT and SIGTERM back until a step is over; those that arrived are in the list. A second one kills."""
-    arrived: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield arrived
-        return
-
-    def note(number: int, frame: Any) -> None:
-        arrived.append(number)
-        signal.signal(number, before[number])
-
-    before = {n: h for n in (signal.SIGINT, signal.SIGTERM) if (h := signal.getsignal(n)) is not None}
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield arrived
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _leave(number: int) -> None:

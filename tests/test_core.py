@@ -499,14 +499,14 @@ def test_a_damaged_scores_csv_is_derived_again(tmp_path):
 
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
     rng = random.Random(20261122)
-    argv = score("-p", "num=24", "-p", "pause=0.05", "--keep", "none")
+    argv = score("-p", "num=60", "-p", "pause=0.05", "--keep", "none")
     calm, rough = tmp_path / "calm", tmp_path / "rough"
     calm.mkdir(), rough.mkdir()
     assert command(calm, *argv).code == 0
     kills = saved = 0
     while kills < 4:
         pid = start(rough, *argv)
-        time.sleep(rng.uniform(0.3, 1.6))
+        time.sleep(rng.uniform(0.2, 1.2))
         done, _ = os.waitpid(pid, os.WNOHANG)
         if done:
             break
