@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -34,8 +34,12 @@ class TrainContext(ABC):
         """A CPU generator with that seed."""
 
     @abstractmethod
+    def ids(self) -> Sequence[str]:
+        """The items of the manifest that the recipe's field `data` names."""
+
+    @abstractmethod
     def images(self, ids: list[str], size: int) -> torch.Tensor:
-        """float32 [B, 3, size, size] in [-1, 1] from the recipe's `data` manifest."""
+        """float32 [B, 3, size, size] in [-1, 1] of those items."""
 
 
 @dataclass(frozen=True)

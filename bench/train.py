@@ -10,13 +10,14 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench import door
 from bench.capabilities import has
 from bench.identity import canonical, digest, seed_for
+from bench.pictures import batch_of
 from bench.provenance import collect
 from bench.recipe import Recipe, TrainContext
 from bench.types import Error
@@ -34,12 +35,12 @@ class Damaged(Exception):
 class Run(TrainContext):
     """One training run: its seeds, the parts that survive a kill, and the losses so far."""
 
-    def __init__(self, recipe: Recipe, folder: Path, identity: str, seed: int, device: str, images: Callable | None):
+    def __init__(self, recipe: Recipe, folder: Path, identity: str, seed: int, device: str, manifest: Any):
         import torch
 
         self.device = torch.device(device)
         self.recipe, self.folder, self.identity, self.root = recipe, folder, identity, seed
-        self.load_images = images
+        self.manifest = manifest
         self.parts: dict[str, Any] | None = None
         self.losses: list[dict[str, float]] = []  # one entry per step done
         self.newest: Path | None = None  # whole state
@@ -85,10 +86,17 @@ class Run(TrainContext):
 
         return torch.Generator().manual_seed(self.seed(step, stream))
 
+    def ids(self) -> Sequence[str]:
+        return self._data().ids()
+
     def images(self, ids: list[str], size: int) -> torch.Tensor:
-        if self.load_images is None:
-            raise Error(f"recipe {self.recipe.name} asks for pictures, but names no data")
-        return self.load_images(ids, size)
+        return batch_of(self._data(), ids, size, "adm", self.device)
+
+    def _data(self) -> Any:
+        if self.manifest is None:
+            hint = "give it a field `data`"
+            raise Error(f"recipe {self.recipe.name} asks for pictures, but names no data", hint=hint)
+        return self.manifest
 
     def save(self) -> None:
         """Writes the state after the last step done; it and the whole one before it are kept."""
@@ -131,14 +139,15 @@ def train(
     seed: int = 0,
     model: Any = None,
     device: str = "cpu",
-    images: Callable[[list[str], int], torch.Tensor] | None = None,
+    manifest: Any = None,
     progress: Callable[[int, Mapping[str, float]], None] | None = None,
     save_every: float = 30.0,
 ) -> Path:
     """Trains, or goes on where a killed run stopped, and returns the folder with what `recipe.export` wrote,
     `recipe.json`, `loss.csv` and `loss.svg`.
 
-    `spec` is canonical JSON that says all that decides the outcome (fields of the recipe, fingerprint of the model).
+    `spec` is canonical JSON that says all that decides the outcome (fields of the recipe, fingerprint of the model,
+    digest of `manifest`, whose pictures the recipe may ask for).
     States lie in `<out>.training/`, one every `save_every` seconds; the folder is removed at the end. With the same
     spec and seed a finished `out` is returned at once. `progress(steps done, losses)` is called after each step.
     Raises Error for a folder made by something else, a loss that is not finite, and states that are damaged or foreign.
@@ -158,7 +167,7 @@ def train(
         if _finished(out, identity):  # by the process that held the lock before
             shutil.rmtree(folder)
             return out
-        run = Run(recipe, folder, identity, seed, device, images)
+        run = Run(recipe, folder, identity, seed, device, manifest)
         trained = _steps(run, model, progress, save_every)
         facts = {
             "format": FORMAT,

@@ -220,8 +220,17 @@ def _train(
             raise Error(f"recipe {recipe!r} needs {', '.join(lacking)}; {model!r} has {', '.join(held(opened))}")
     elif model:
         raise UsageError(f"recipe {recipe!r} starts from scratch", hint="leave --model out")
+    manifest = None
+    if name := config.data_field(cls):
+        from bench.manifest import load
+
+        manifest = load(getattr(built, name))
+        manifest.check()
+        spec["data"] = manifest.digest
     with TrainingBar(built, out) as bar:
-        path = run_training(built, Path(out), seed=seed, model=opened, spec=spec, device=device, progress=bar.step)
+        path = run_training(
+            built, Path(out), seed=seed, model=opened, spec=spec, device=device, manifest=manifest, progress=bar.step
+        )
     say(f"complete. {path}")
 
 

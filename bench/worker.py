@@ -21,6 +21,7 @@ from bench import door, registry
 from bench.capabilities import has, held
 from bench.config import How, bind
 from bench.identity import canonical, digest, file_digest, seed_for, unit_key
+from bench.pictures import batch_of, encode, extremes
 from bench.store import Store
 from bench.suite import Suite
 from bench.text import secrets
@@ -241,21 +242,7 @@ class WorkerContext:
         return self._worker.manifest.item(id)
 
     def images(self, ids: Sequence[str], size: int, resize: str = "adm"):
-        import numpy as np
-        import torch
-
-        from bench.images import RESIZES
-
-        if resize not in RESIZES:
-            raise Error(f"unknown resize {resize!r}", hint=f"one of {', '.join(RESIZES)}")
-        pictures = []
-        for id in ids:
-            try:
-                pictures.append(RESIZES[resize](self._worker.manifest.read(id), size))
-            except Error as e:
-                raise Error(f"item {id}: {e}", hint=e.hint) from None
-        x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(self.device)
-        return x.contiguous().float().div_(127.5).sub_(1.0)
+        return batch_of(self._worker.manifest, ids, size, resize, self.device)
 
     def seed(self, item: str, stream: str = "latent") -> int:
         suite = self._worker.suite
@@ -423,40 +410,6 @@ def code_digest(cls: type) -> str:
     """Digest of the files of a suite and of the metrics: recorded with each record, not part of its key."""
     files = [*registry.package_files(cls), *sorted((Path(__file__).parent / "metrics").glob("*.py"))]
     return digest([[p.name, file_digest(p)] for p in files])[:16]
-
-
-# -- pictures
-
-
-def extremes(media: Any) -> tuple[list[float], list[float]]:
-    """Lowest and highest value of each entry of [B, ...]; NaN where an entry holds one."""
-    flat = media.reshape(len(media), -1)
-    if hasattr(flat, "aminmax"):
-        low, high = flat.aminmax(dim=1)
-        return low.tolist(), high.tolist()
-    return flat.min(axis=1).tolist(), flat.max(axis=1).tolist()
-
-
-def encode(picture: Any, value_range: tuple[float, float]) -> tuple[bytes, str]:
-    """A kept picture as PNG (uint8, or float rounded half up from `value_range`); anything else as npy."""
-    import numpy as np
-
-    array = np.asarray(picture.detach().cpu() if hasattr(picture, "detach") else picture)
-    if array.ndim == 3 and array.shape[0] in (1, 3):
-        if array.dtype != np.uint8:
-            low, high = value_range
-            array = np.floor(np.clip((array.astype(np.float64) - low) / (high - low), 0, 1) * 255 + 0.5).astype(
-                np.uint8
-            )
-        from PIL import Image
-
-        out = io.BytesIO()
-        image = array[0] if array.shape[0] == 1 else np.ascontiguousarray(array.transpose(1, 2, 0))
-        Image.fromarray(image).save(out, "PNG", compress_level=1)
-        return out.getvalue(), ".png"
-    out = io.BytesIO()
-    np.save(out, array, allow_pickle=False)
-    return out.getvalue(), ".npy"
 
 
 def as_json(value: Any) -> Json:

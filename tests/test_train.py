@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -444,7 +445,7 @@ def test_refusals(tmp_path):
     class Pictures(Line):
         def train(self, model, ctx):
             ctx.restore()
-            yield {"loss": float(ctx.images(["a"], 8).sum())}
+            yield {"loss": float(ctx.images(ctx.ids(), 8).sum())}
 
         def export(self, model, folder):
             pass
@@ -454,7 +455,15 @@ def test_refusals(tmp_path):
 
     with pytest.raises(Error, match="asks for pictures"):
         run(Pictures(), tmp_path / "c")
-    out = run(Pictures(steps=1), tmp_path / "d", images=lambda ids, size: torch.ones(1, 3, size, size))
+
+    class White:
+        def ids(self):
+            return ("a",)
+
+        def read(self, id):
+            return np.full((8, 8, 3), 255, np.uint8)
+
+    out = run(Pictures(steps=1), tmp_path / "d", manifest=White())
     assert (out / "loss.csv").read_text() == "step,loss\n0,192.0\n"
 
 

@@ -43,6 +43,10 @@ class Reconstruction(Suite):
         if self.size < 16 or self.size % 16:
             near = max(16, round(self.size / 16) * 16)
             raise UsageError(f"size = {self.size} must be a multiple of 16 px", hint=f"take {near}")
+        if self.size < 64 and protocols.get(self.protocol).frechet == "embedded":
+            raise UsageError(
+                f"size = {self.size}: the embedded network needs 64 px", hint="take 64, or another protocol"
+            )
         if self.chunk < 1:
             raise UsageError(f"chunk = {self.chunk} must be 1 or more")
 
