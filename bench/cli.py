@@ -241,7 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     debug = "--debug" in (argv if argv is not None else sys.argv)
     for number, code in ((signal.SIGTERM, 143), (signal.SIGHUP, 129)):
-        signal.signal(number, _ending(code))
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup stays in force
+            signal.signal(number, _ending(code))
     _open_streams()
     try:
         code = _run(argv)
@@ -253,9 +254,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(e)
         return e.exit_code
     except KeyboardInterrupt:
-        return 130
+        return _ended(130)
     except Ended as e:
-        return e.code
+        return _ended(e.code)
     except BrokenPipeError:
         _drop_stdout()
         return 0
@@ -297,6 +298,18 @@ def _open_streams() -> None:
             setattr(sys, name, io.TextIOWrapper(io.FileIO(fd, "w", closefd=False)))
         elif hasattr(getattr(sys, name), "reconfigure"):
             getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def _ended(code: int) -> int:
+    """The exit code; ends the process at once where a model is still at work in its thread, which cannot be stopped."""
+    import threading
+
+    if any(t.name == "ahead" and t.is_alive() for t in threading.enumerate()):
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    return code
 
 
 def _ending(code: int):

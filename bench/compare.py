@@ -64,7 +64,8 @@ def compare(a: Run, b: Run) -> Comparison:
         if score.slice != "all" or twin is None:
             continue
         x, y = ([rows[i].get(score.metric) for i in items] for rows in (rows_a, rows_b))
-        if any(isinstance(v, (int, float)) for v in x):
+        same = score.signature == twin.signature
+        if same and any(isinstance(v, (int, float)) for v in x):
             both = [k for k in range(len(items)) if x[k] is not None and y[k] is not None]
             pairs = [(items[k], float(x[k]), float(y[k])) for k in both]
             d = paired_difference(
@@ -76,7 +77,6 @@ def compare(a: Run, b: Run) -> Comparison:
             if score.better == "higher":
                 movers[score.metric] = sorted(pairs, key=lambda p: (-abs(p[2] - p[1]), p[0]))[:MOVERS]
         else:
-            same = score.signature == twin.signature
             value = twin.value - score.value if same and None not in (score.value, twin.value) else None
             verdict = "signatures equal" if same else f"signatures differ: {score.signature} and {twin.signature}"
             differences.append(

@@ -155,7 +155,7 @@ def signals_held() -> Iterator[list[int]]:
         arrived.append(number)
         signal.signal(number, before[number])
 
-    before = {n: h for n in ENDING if (h := signal.getsignal(n)) is not None}
+    before = {n: h for n in ENDING if (h := signal.getsignal(n)) not in (None, signal.SIG_IGN)}
     for number in before:
         signal.signal(number, note)
     try:

@@ -227,7 +227,14 @@ def carry_out(
 def find_run(plan: Plan, store: Store) -> Run | None:
     """The run of a plan, when it was begun before."""
     path = store.root / "runs" / run_id(plan.spec, plan.label)
-    return Run(store, path) if (path / "run.json").is_file() else None
+    if not (path / "run.json").is_file():
+        return None
+    run = Run(store, path)
+    if run.spec_digest != digest(plan.spec):
+        raise Error(
+            f"{path} holds another run", hint="move that folder aside; its run.json names another specification"
+        )
+    return run
 
 
 def _record(run: Run, measure: Measure, pending: Sequence[Unit], shard: str, how: How, observer: Observer) -> None:
@@ -471,6 +478,8 @@ def resolve_devices(text: str) -> tuple[str, ...]:
         for name in names:
             if name.partition(":")[0] not in ("cpu", "cuda", "mps") and not name.isdigit():
                 raise UsageError(f"unknown device {name!r}", hint="cpu, cuda:0, mps; several by commas")
+        if not names:
+            raise UsageError("no device is named", hint="cpu, cuda:0, mps; several by commas; auto for every GPU")
         return tuple(f"cuda:{n}" if n.isdigit() else n for n in names)
     import torch
 
@@ -481,6 +490,7 @@ def resolve_devices(text: str) -> tuple[str, ...]:
 def parse_shard(text: str) -> tuple[int, None, int]:
     """`3/16` as the slice that takes every 16th unit from the fourth; parts are numbered from 0."""
     part, slash, count = text.partition("/")
-    if not (slash and part.isdigit() and count.isdigit() and int(part) < int(count)):
+    plain = part.isascii() and count.isascii() and part.isdigit() and count.isdigit()
+    if not (slash and plain and text == f"{int(part)}/{int(count)}" and int(part) < int(count)):
         raise UsageError(f"--shard {text!r} is not k/n with 0 <= k < n", hint="--shard 0/16 is the first of sixteen")
     return int(part), None, int(count)

@@ -65,12 +65,15 @@ def fingerprint(weights: str, remember: FileDigests | None = None) -> str:
     match = hub_id(weights)
     if match:
         return f"commit:{match['repo']}@{match['revision']}" + (f":{match['subfolder']}" if match["subfolder"] else "")
+    if not weights:
+        raise Error("weights are named by nothing", hint="give a file, a folder, or hf:owner/name@commit")
     path = Path(weights).expanduser()
     hash_file = remember.of if remember else file_digest
     if path.is_file():
         return f"sha256:{hash_file(path)}"
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        hidden = (p for p in path.rglob("*") if any(part.startswith(".") for part in p.relative_to(path).parts))
+        files = sorted({p for p in path.rglob("*") if p.is_file()} - set(hidden))
         if not files:
             raise Error(f"weights folder {weights} is empty")
         return f"sha256:{digest([[p.relative_to(path).as_posix(), hash_file(p)] for p in files])}"

@@ -467,7 +467,7 @@ def _package_file(name: str) -> Path:
 def _folder(name: str, digests: FileDigests) -> Manifest:
     """The pictures below a folder, hidden names left out; files of other kinds are not pictures and are passed over."""
     root = Path(name.removeprefix(FOLDER)).expanduser()
-    if not root.is_dir():
+    if name == FOLDER or not root.is_dir():
         raise UsageError(f"{name}: {root} is not a folder", hint="image-folder:PATH names a folder of pictures")
     rows, refused = [], []
     for path in sorted(_pictures(root), key=lambda p: p.relative_to(root).as_posix()):

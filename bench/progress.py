@@ -55,7 +55,8 @@ class Bar(Observer):
         self.saved += record.status == "ok"
         self.failed += record.status == "failed"
         if record.status == "failed" and record.error:
-            self.say(f"{unit.id} failed: {record.error['kind']}: {record.error['message'][:200]}")
+            hint = f"; {record.error['hint']}" if record.error.get("hint") else ""
+            self.say(f"{unit.id} failed: {record.error['kind']}: {record.error['message'][:200]}{hint}")
         if self.progress:
             spent = time.monotonic() - self.begun
             self.cost_done += unit.cost

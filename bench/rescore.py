@@ -53,6 +53,11 @@ def remeasure(run: Run, metric: str | None, how: How | None = None) -> int:
     metrics = [open_metric(metric)] if metric else list(suite.metrics)
     if metric:
         _check_new(metrics[0], suite)
+        if getattr(metrics[0], "quantise", "round") == "none":
+            raise Error(
+                f"{metric} needs pictures that were not rounded; what is kept is 8 bits",
+                hint="leave quantise out, or score a protocol that measures it",
+            )
     earlier = run.extra()
     records = sorted((r for r in run.records().values() if r.status == "ok"), key=lambda r: r.unit)
     if metric:

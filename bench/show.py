@@ -113,7 +113,8 @@ def print_unit(run: Run, unit: str, as_json: bool) -> int:
     facts = ("status", "attempt", "batch", "seconds", "device", "code", "started")
     print(columns(["", ""], [[f, str(getattr(record, f))] for f in facts]).lstrip("\n"))
     if record.error:
-        print(f"\n{record.error['kind']}: {plain(record.error['message'])}\n")
+        print(f"\n{record.error['kind']}: {plain(record.error['message'])}")
+        print(f"hint: {plain(record.error['hint'])}\n" if record.error.get("hint") else "")
         print("\n".join(plain(text) for text in record.error["trace"].splitlines()))
     if record.rows:
         names = list(dict.fromkeys(k for row in record.rows for k, v in row.items() if not isinstance(v, (list, dict))))

@@ -18,7 +18,7 @@ from typing import Any
 from bench import config, registry
 from bench.config import How, Value
 from bench.store import Run, Store
-from bench.text import say
+from bench.text import say, secrets
 from bench.types import Error, UsageError
 
 
@@ -58,6 +58,8 @@ def _run_step(step, store, how, shard, fresh, origins, typed) -> tuple[Run, bool
     from bench.show import counted
     from bench.text import mask
 
+    for name, value in {**step.fields, **step.params, **step.plan_args, **step.model_args}.items():
+        secrets().add_named(name, str(value))  # what is given as a key is masked wherever it is written
     plan, suite_origins = prepare_step(step, store, how)
     typed = shlex.join(["bench", *typed])
     meta = {
@@ -102,7 +104,8 @@ def run_steps(steps: Sequence[Step], store: Store, how: How, **options: Any) -> 
     With several devices and several runs, each device takes a run at a time: a model is opened once and no run waits
     for another. A single run is spread over all devices.
     """
-    devices = how.devices.split(",")
+    steps = list({command_of(step, store): step for step in steps}.values())  # the same run twice is one run
+    devices = [d for d in how.devices.split(",") if d.strip()]
     if len(devices) < 2 or len(steps) < 2:
         for step in steps:
             yield run_step(step, store, how, **options)
@@ -122,7 +125,7 @@ def run_steps(steps: Sequence[Step], store: Store, how: How, **options: Any) -> 
             for pipe in connection.wait(list(helpers)):
                 try:
                     answer = pipe.recv()
-                except EOFError:
+                except (EOFError, OSError):
                     raise Error("a process that carries out a plan died", hint="the same command continues") from None
                 if isinstance(answer, Error):
                     raise answer
@@ -201,13 +204,9 @@ def _origins(values: Mapping[str, Value]) -> dict[str, Any]:
 
 
 def flag_steps(args: Namespace) -> Iterator[Step]:
-    from bench.text import secrets
-
     if not args.model:
         raise UsageError("which model?", hint="--model NAME; bench list shows the adapters")
     params, model_args = config.assignments(args.p, "-p"), config.assignments(args.m, "-m")
-    for name, value in {**params, **model_args}.items():
-        secrets().add_named(name, value)  # what is typed as a key is masked wherever it is written
     for suite in args.what:
         yield Step(suite, args.model, params=params, model_args=model_args, seed=args.seed or 0, limit=args.limit)
 

@@ -41,6 +41,8 @@ class Store:
 
     def __init__(self, root: str | Path):
         self.root = Path(root).expanduser()
+        if self.root.exists() and not self.root.is_dir():
+            raise Error(f"store {self.root} is not a folder", hint="name another one with --store")
 
     # -- runs
 

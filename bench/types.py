@@ -77,7 +77,7 @@ class Record:
     status: Literal["ok", "failed"]
     rows: tuple[Mapping[str, Json], ...] = ()  # {"item": id, measured values}; null = not measured
     blobs: Mapping[str, str] = field(default_factory=dict)  # name -> content address
-    error: Mapping[str, str] | None = None  # kind, message, trace
+    error: Mapping[str, str] | None = None  # kind, message, trace, and a hint where there is one
     attempt: int = 1
     batch: int = 0
     seconds: float = 0.0

@@ -13,7 +13,7 @@ from bench import config, registry
 from bench.config import How, Value
 from bench.steps import Step, flag_steps, list_fields, plan_steps, prepare_step, product, refuse_code, run_steps
 from bench.store import Store
-from bench.text import say
+from bench.text import say, secrets
 from bench.types import Error, UsageError
 
 HOW = tuple(f.name for f in fields(How))
@@ -192,6 +192,8 @@ def _train(
     from bench.progress import TrainingBar
     from bench.train import train as run_training
 
+    for name, value in {**(plan or {}), **(params or {}), **(plan_args or {}), **(model_args or {})}.items():
+        secrets().add_named(name, str(value))
     cls = registry.find("recipes", recipe)
     built, _ = config.build(cls, plan or {}, params or {}, where)
     spec: dict[str, Any] = {

@@ -28,6 +28,7 @@ from bench.text import secrets
 from bench.types import Error, Item, Json, Record, Stop, Unit
 
 TRACE_CHARACTERS = 8_000
+AHEAD = "ahead"  # name of the thread in which the model works
 OWN_COLUMNS = ("item", "unit", "flat")
 
 
@@ -110,6 +111,8 @@ class Worker:
                     continue
                 trace = traceback.format_exc()[-TRACE_CHARACTERS:]
                 error = {"kind": type(e).__name__, "message": plain(mask(str(e)))[:1000], "trace": mask(trace)}
+                if getattr(e, "hint", ""):
+                    error["hint"] = plain(mask(str(e.hint)))[:500]
             break
         return Record(
             key=unit_key(self.work.spec_digest, unit.id, unit.items, unit.params),
@@ -138,6 +141,8 @@ class Worker:
         with ahead(self.suite.run(unit, self.model, ctx)) as batches:
             for ids, media in batches:
                 ids = list(ids)
+                if len(set(ids)) < len(ids):
+                    raise BadOutput(f"run() returned an item twice in one batch of {len(ids)}")
                 new = [self._row(id, unit, rows) for id in ids]
                 pictures = {name: m for name, m in media.items() if hasattr(m, "shape") and len(m.shape) > 1}
                 self._check(ids, pictures, new)
@@ -393,7 +398,7 @@ def ahead(batches: Iterator[Any]) -> Iterator[Iterator[Any]]:
                 return
             yield value
 
-    thread = threading.Thread(target=make, daemon=True)
+    thread = threading.Thread(target=make, name=AHEAD, daemon=True)
     thread.start()
     try:
         yield take()
@@ -403,6 +408,7 @@ def ahead(batches: Iterator[Any]) -> Iterator[Iterator[Any]]:
         raise
     finally:
         leaving.set()
+        thread.join(1.0)  # an interrupt waits no longer; the command line then ends the process as it is
 
 
 @cache

@@ -512,9 +512,9 @@ def test_the_log_is_not_followed_through_a_link(run, tmp_path):
     assert victim.read_bytes() == b""
 
 
-def test_a_store_that_is_a_file_is_a_stop_that_names_it(tmp_path):
+def test_a_store_that_is_a_file_is_refused_by_name(tmp_path):
     (tmp_path / "store").write_text("a file")
-    with pytest.raises(Stop, match=f"cannot create {tmp_path}/store"):
+    with pytest.raises(Error, match=f"store {tmp_path}/store is not a folder"):
         Store(tmp_path / "store").open(SPEC, META)
 
 

@@ -291,6 +291,12 @@ def paired_distance(
     return Corrected(float(value), plug_in, se, num_clusters - 1)
 
 
+def smallest_half(clusters: Sequence[str], seed: int) -> int:
+    """Rows in the smaller of the halves that `paired_distance` would draw; it needs two."""
+    names = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)[1]
+    return min(len(half) for half in _halves(names, np.random.Generator(np.random.Philox(seed))))
+
+
 def _halves(clusters: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers of two random halves that keep clusters whole and differ in size as little as a greedy deal gives."""
     sizes = np.bincount(clusters)
@@ -425,6 +431,9 @@ class Frechet:
             return self._withheld(table, str(e))
         if n <= d:
             return self._withheld(table, f"n = {n} pairs are not more than d = {d} dimensions")
+        if smallest_half(table.clusters(), table.seed) < 2:
+            plug_in = Estimate(frechet_from_features(fake, real), n=n)
+            return {"": plug_in, "corrected": Estimate(None, n=n, note=self._note(table, "too few clusters to halve"))}
         found = paired_distance(fake, real, table.clusters(), table.seed)
         plug_in = Estimate(found.plug_in, n=n)
         if found.se is None:

@@ -418,4 +418,14 @@ def read_pairs(text: str) -> Iterator[tuple[tuple[str, str, str], Estimate]]:
 
 def sums(files: Mapping[str, bytes]) -> bytes:
     """`sha256sum -c` reads it."""
-    return "".join(f"{digest(files[name])}  {name}\n" for name in KEPT).encode()
+    return "".join(f"{digest(files[name])}  {name}\n" for name in sorted(files)).encode()
+
+
+def listed(folder: Path) -> list[str]:
+    """The files beside an earlier page that were written with it; none where there is no page."""
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []
+    names = [name for line in lines for _, space, name in [line.partition("  ")] if space]
+    return [n for n in names if ".." not in Path(n).parts and not Path(n).is_absolute()]

@@ -45,7 +45,7 @@ def tiles(found: Collection, runs: Sequence[str], items: int, kept: Mapping[str,
             result[r] = {i: kept[r][i] for i in here}
         else:
             store = found.runs[r].store
-            result[r] = {i: _tile(store, media[r][i], found.facts[r].sensitive) for i in here}
+            result[r] = {i: tile for i in here if (tile := _tile(store, media[r][i], found.facts[r].sensitive))}
     return result
 
 
@@ -81,7 +81,10 @@ def _tile(store: Any, media: Mapping[str, str], sensitive: bool) -> dict[str, st
     original = next((n for n in ORIGINALS if n in media), None)
     outputs = sorted((n for n in media if n not in ORIGINALS), key=lambda n: (n not in OUTPUTS, n))
     tile = {}
-    pictures = {n: _open(store.get(a), a) for n, a in media.items() if n == original or n in outputs[:1]}
+    try:
+        pictures = {n: _open(store.get(a), a) for n, a in media.items() if n == original or n in outputs[:1]}
+    except Error:
+        return {}  # a gap, never another picture
     if original:
         tile["original"] = thumbnail(pictures[original], sensitive)
     if outputs:

@@ -22,6 +22,7 @@ from bench.report.collect import (
     collect,
     dump_pairs,
     dump_runs,
+    listed,
     most_common,
     sums,
 )
@@ -71,13 +72,12 @@ def render(board: str | Path | Board, store: Any = None, out: Path | None = None
         )
     files = draw(found)
     door.make_folder(out)
+    for old in listed(out):  # what an earlier page drew and this one does not; nothing else
+        if old not in files and old.startswith(("figures/", "tables/")):
+            (out / old).unlink(missing_ok=True)
     for name, data in files.items():
         door.make_folder((out / name).parent)
         door.replace(out / name, data)
-    for folder in ("figures", "tables"):  # what an earlier page drew and this one does not
-        for old in sorted((out / folder).glob("*")):
-            if f"{folder}/{old.name}" not in files and old.suffix in (".svg", ".csv", ".md", ".tex"):
-                old.unlink()
     shown = [c for row in found.rows for c in row.cells if c]
     return Summary(
         out / "index.html",
@@ -111,7 +111,6 @@ def draw(found: Collection) -> dict[str, bytes]:
         "pairs.csv": dump_pairs(differences.pairs),
         "runs.json": dump_runs(found, tiles),
     }
-    files[SUMS] = sums(files)
     for d in drawings:
         files[f"figures/{d.name}.svg"], files[f"figures/{d.name}.csv"] = d.svg, d.csv
     head, body = _plain_table(found, places)
@@ -121,6 +120,7 @@ def draw(found: Collection) -> dict[str, bytes]:
     marked = {(r, c + 2) for r, c in bold}
     files[f"tables/{board.name}.md"] = tables.markdown(head, body, marked, note).encode()
     files[f"tables/{board.name}.tex"] = tables.latex(head, body, marked, note).encode()
+    files[SUMS] = sums(files)
     files["index.html"] = _html(found, places, bold, drawings, tiles, files["scores.csv"]).encode("utf-8", "replace")
     return files
 

@@ -17,7 +17,7 @@ import numpy as np
 from bench.mini import features
 from bench.mini.drawn import blur, draw
 from bench.recipe import Recipe, TrainContext
-from bench.types import Error
+from bench.types import Error, UsageError
 
 DEGRADATIONS = ("blur", "noise", "jpeg", "shrink", "quantise", "fade", "tint", "expose")
 
@@ -40,11 +40,11 @@ class MiniAE(Recipe):
     def __post_init__(self):
         _positive(self, "steps", "batch", "lr")
         if self.latent_channels < 3:
-            raise Error(f"mini-ae: latent_channels must be at least 3, not {self.latent_channels}")
+            raise UsageError(f"mini-ae: latent_channels must be at least 3, not {self.latent_channels}")
         if self.width <= 0 or self.width % 8:
-            raise Error(f"mini-ae: width must be a multiple of 8, not {self.width}")
+            raise UsageError(f"mini-ae: width must be a multiple of 8, not {self.width}")
         if self.size <= 0 or self.size % 4:
-            raise Error(f"mini-ae: size must be a multiple of 4, not {self.size}")
+            raise UsageError(f"mini-ae: size must be a multiple of 4, not {self.size}")
 
     @property
     def total(self) -> int:
@@ -118,9 +118,9 @@ class MiniFeatures(Recipe):
     def __post_init__(self):
         _positive(self, "steps", "pictures", "variants", "lr")
         if self.size < 64:
-            raise Error(f"mini-features: size must be at least 64, not {self.size}")
+            raise UsageError(f"mini-features: size must be at least 64, not {self.size}")
         if self.pictures * self.variants < 2:
-            raise Error("mini-features: pictures x variants must be at least 2, for a covariance")
+            raise UsageError("mini-features: pictures x variants must be at least 2, for a covariance")
 
     @property
     def total(self) -> int:
@@ -373,4 +373,4 @@ def _pictures(ctx: TrainContext, step: int, count: int, size: int) -> np.ndarray
 def _positive(recipe: Recipe, *names: str) -> None:
     for name in names:
         if getattr(recipe, name) <= 0:
-            raise Error(f"{recipe.name}: {name} must be positive, not {getattr(recipe, name)}")
+            raise UsageError(f"{recipe.name}: {name} must be positive, not {getattr(recipe, name)}")

@@ -141,7 +141,9 @@ def _reconstruct(model: Any, x: Tensor, seeds: list[int] | None) -> tuple[Tensor
         else:
             bits, side = [float(latents[0].numel() * latents.element_size() * 8)] * len(x), [0.0] * len(x)
         y = model.decode(latents, seeds)
-    return y.detach().to(x.device, torch.float32), {"bits": bits, "side_bits": side}
+    if not y.is_floating_point():
+        raise Error(f"the model decoded {y.dtype}", hint="decode returns float32, about [-1, 1], not rounded")
+    return y.detach().to(x.device, torch.float32, copy=True), {"bits": bits, "side_bits": side}
 
 
 def _check(ids: list[str], x: Tensor, y: Tensor) -> None:
