@@ -33,16 +33,18 @@ class Row:
         return None if self.peers is None else self.peers / self.ours
 
 
-def side_by_side(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median CPU seconds of each call (all threads of this process), after one call each to warm up."""
+def side_by_side(
+    calls: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.process_time
+) -> dict[str, float]:
+    """Median seconds of each call, after one call each to warm up: CPU of all threads, or of another clock."""
     for call in calls.values():
         call()
     spent: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            begin = time.process_time()
+            begin = clock()
             call()
-            spent[name].append(time.process_time() - begin)
+            spent[name].append(clock() - begin)
     return {name: statistics.median(values) for name, values in spent.items()}
 
 
