@@ -110,7 +110,7 @@ def build(
         elif f.name in plan:
             origins[f.name] = Value(convert(plan[f.name], hints[f.name], f"{where}: {f.name}"), where)
         elif f.default is not dataclasses.MISSING:
-            origins[f.name] = Value(f.default, "default")
+            origins[f.name] = Value(_default(f.default, hints[f.name]), "default")
         elif f.default_factory is not dataclasses.MISSING:
             origins[f.name] = Value(f.default_factory(), "default")
         else:
@@ -166,7 +166,7 @@ def bind(
         elif p in plan:
             value, origin = convert(plan[p], kind, f"{where}: {p}"), where
         elif parameter.default is not parameter.empty:
-            value, origin = parameter.default, "default"
+            value, origin = _default(parameter.default, kind), "default"
         else:
             raise UsageError(f"adapter {name!r} needs {p}", hint=f"-m {p}=…")
         if parameter.kind is parameter.KEYWORD_ONLY:
@@ -224,6 +224,11 @@ def convert(value: Any, kind: Any, where: str) -> Any:
             raise UsageError(f"{where}: {value!r} is not text")
         return kind(value)
     return value
+
+
+def _default(value: Any, kind: Any) -> Any:
+    """A default as what a flag of the same value would be: `scale: float = 1` is 1.0, in every identity."""
+    return float(value) if kind is float and type(value) is int else value
 
 
 def assignments(pairs: typing.Iterable[str], flag: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ from bench.config import How, Value
 from bench.steps import Step, flag_steps, list_fields, plan_steps, prepare_step, product, refuse_code, run_steps
 from bench.store import Store
 from bench.text import say, secrets
-from bench.types import Error, UsageError
+from bench.types import Error, UsageError, Weights
 
 HOW = tuple(f.name for f in fields(How))
 
@@ -191,6 +191,7 @@ def _train(
     from bench.identity import fingerprint
     from bench.progress import TrainingBar
     from bench.train import train as run_training
+    from bench.weights import resolve
 
     for name, value in {**(plan or {}), **(params or {}), **(plan_args or {}), **(model_args or {})}.items():
         secrets().add_named(name, str(value))
@@ -202,19 +203,21 @@ def _train(
         "fields": {f.name: getattr(built, f.name) for f in fields(built)},
         "seed": seed,
     }
+    for name in {*config.markers(cls, Weights), *config.markers(cls, Path)}:
+        if getattr(built, name):
+            spec["fields"][name] = fingerprint(resolve(str(getattr(built, name))))
     device = resolve_devices(device)[0]
     opened = None
     if built.starts_from:
         if not model:
             needs = " and ".join(c.__name__ for c in built.starts_from)
             raise UsageError(f"recipe {recipe!r} edits a model with {needs}", hint="--model NAME")
-        from bench.weights import resolve
         from bench.worker import open_model
 
         bound = config.bind(registry.find("adapters", model), model, plan_args or {}, model_args or {}, where)
         spec["model"] = [
-            model,
-            {k: fingerprint(resolve(str(v))) if k in bound.weights else v for k, v in bound.what.items()},
+            registry.identity(model),
+            {k: fingerprint(resolve(str(v))) if k in bound.weights and v else v for k, v in bound.what.items()},
         ]
         opened = open_model(model, bound.what, bound.how, device)
         lacking = [c.__name__ for c in built.starts_from if not has(opened, c)]
