@@ -199,6 +199,12 @@ def test_a_secret_that_was_typed_is_masked_in_what_is_kept(tmp_path):
     assert done.code == 0, done.err
     kept = b"".join(p.read_bytes() for p in (tmp_path / ".bench").rglob("*") if p.is_file())
     assert b"hunter2" not in kept and "hunter2" not in done.out + done.err
+    run = f'[[run]]\nsuite = "{TOYS}:Drawing"\nmodel = "m.py:M"\n'
+    (tmp_path / "plan.toml").write_text(run + 'model_args = { api_key = "hunter3hunter3" }\nseeds = [0, 1]\n')
+    done = command(tmp_path, "score", "plan.toml", "--allow-code", "--devices", "cpu,cpu", "--store", "two")
+    assert done.code == 0, done.err
+    kept = b"".join(p.read_bytes() for p in (tmp_path / "two").rglob("*") if p.is_file())
+    assert b"hunter3" not in kept and "hunter3" not in done.out + done.err
 
 
 # -- pipes and terminals

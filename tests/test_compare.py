@@ -21,6 +21,13 @@ def go(folder, name, bright, suite=None, **more):
     )
 
 
+def test_another_signature_gives_no_difference(tmp_path):
+    a, b = go(tmp_path, "plain", 0.0), go(tmp_path, "bright", 0.1)
+    b.save_scores([replace(s, signature=s.signature + "|v:2") for s in b.scores()])
+    (d,) = compare(a, b).differences
+    assert d.value is None and d.low is None and d.verdict.startswith("signatures differ")
+
+
 def test_the_difference_is_paired_and_judged(tmp_path, capsys):
     from scipy.stats import ttest_rel
 

@@ -165,6 +165,18 @@ def test_the_same_scores_give_the_same_bytes(codecs, tmp_path):
     assert first == again and len(first) == 6 + 6 + 2 - 1
 
 
+def test_what_an_earlier_page_drew_goes_and_what_others_put_there_stays(codecs, tmp_path):
+    root, store, _ = codecs
+    shutil.copytree(root / "board", tmp_path / "board")
+    mine, old = tmp_path / "board" / "figures" / "mine.svg", tmp_path / "board" / "tables" / "old.md"
+    mine.write_text("<svg/>"), old.write_text("drawn before")
+    sums = tmp_path / "board" / "SHA256SUMS"
+    sums.write_text(sums.read_text() + f"{'0' * 64}  tables/old.md\n{'0' * 64}  ../outside.md\n")
+    (tmp_path / "outside.md").write_text("not ours")
+    render(root / "board.toml", store, tmp_path / "board")
+    assert mine.exists() and (tmp_path / "outside.md").exists() and not old.exists()
+
+
 def test_a_clone_without_a_store_draws_the_same_page(codecs, tmp_path):
     root, _, _ = codecs
     shutil.copytree(root / "board", tmp_path / "board")

@@ -363,6 +363,16 @@ def test_metric_withholds_with_a_reason(n, reason):
     assert Frechet().reduce(table(fake[:n], real[:n], expected=n + 1))["corrected"].note == ""  # a row is missing
 
 
+@pytest.mark.parametrize("clusters", [["one"] * 100, ["many"] * 99 + ["alone"]])
+def test_clusters_that_cannot_be_halved_leave_the_plug_in(clusters):
+    fake, real, _, _ = gaussian_pairs(100, 1)
+    found = Frechet().reduce(table(fake, real, clusters=clusters))
+    assert found["corrected"].value is None and "too few clusters" in found["corrected"].note
+    kept = table(fake, real)
+    expected = frechet_from_features(kept.features("embedded/fake"), kept.features("embedded/real"))
+    assert found[""].value == pytest.approx(expected, rel=1e-12)
+
+
 def test_metric_of_constant_features_is_null():
     flat = np.ones((50, 8))
     found = Frechet().reduce(table(flat, flat))
