@@ -120,17 +120,17 @@ def run_steps(steps: Sequence[Step], store: Store, how: How, **options: Any) -> 
             helpers[ours] = spawn.Process(target=_help, args=(theirs, str(store.root), one, options))
             helpers[ours].start()
             theirs.close()
-            ours.send(waiting.pop())
+            _tell(ours, waiting.pop())
         while helpers:
             for pipe in connection.wait(list(helpers)):
                 try:
                     answer = pipe.recv()
                 except (EOFError, OSError):
-                    raise Error("a process that carries out a plan died", hint="the same command continues") from None
+                    raise _died() from None
                 if isinstance(answer, Error):
                     raise answer
                 if waiting:
-                    pipe.send(waiting.pop())
+                    _tell(pipe, waiting.pop())
                 else:
                     pipe.close()
                     helpers.pop(pipe).join()
@@ -140,6 +140,18 @@ def run_steps(steps: Sequence[Step], store: Store, how: How, **options: Any) -> 
         for helper in helpers.values():
             helper.terminate()
             helper.join(5)
+
+
+def _tell(pipe: Any, step: Step) -> None:
+    """Sends a step; a process that is gone is an Error, not a reader who closed our output."""
+    try:
+        pipe.send(step)
+    except OSError:
+        raise _died() from None
+
+
+def _died() -> Error:
+    return Error("a process that carries out a plan died", hint="the same command continues")
 
 
 def _help(pipe: Any, root: str, how: How, options: Mapping[str, Any]) -> None:

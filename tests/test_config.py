@@ -316,3 +316,14 @@ def test_several_devices_take_a_run_of_a_plan_each(tmp_path):
     (tmp_path / "plan.toml").write_text(text.replace("Painter", "Missing"))
     done = command(tmp_path, "score", "plan.toml", "--store", "three", "--devices", "cpu,cpu")
     assert done.code == 2 and "Missing" in done.err and "Traceback" not in done.err, done.err
+
+
+def test_a_process_of_a_plan_that_is_gone_is_an_error(tmp_path):
+    from multiprocessing import Pipe
+
+    from bench.steps import Step, _tell
+
+    ours, theirs = Pipe()
+    theirs.close()
+    with pytest.raises(Error, match="died"):  # a BrokenPipeError would end the command with 0
+        _tell(ours, Step("noise", "toy"))
