@@ -20,6 +20,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -277,6 +278,7 @@ class Run:
             for i, row in enumerate(record.rows):
                 rows.append({**row, "unit": record.unit, **{name: values[i] for name, values in columns.items()}})
 
+        @lru_cache(4)  # several metrics and slices ask for the same
         def load(name: str) -> np.ndarray:
             import numpy as np
 
@@ -286,7 +288,9 @@ class Run:
                 if address is None:
                     raise KeyError(name)
                 parts.append(np.load(io.BytesIO(self.store.get(address)), allow_pickle=False))
-            return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+            whole = np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+            whole.flags.writeable = False  # several tables hand out the same array
+            return whole
 
         return Table(rows, self.meta.get("items", len(rows)), self.spec.get("seed", 0), load)
 

@@ -80,6 +80,11 @@ def opened(name: str, ctx: Any) -> Extractor:
     return inception(ctx.weights(INCEPTION), name.partition("-")[2], str(ctx.device))
 
 
+def manifests(name: str) -> tuple[str, ...]:
+    """The weights manifests that opening an extractor will ask for."""
+    return (INCEPTION,) if name.startswith("inception") else ()
+
+
 _recent: list[tuple[Any, Any, np.ndarray]] = []
 
 

@@ -1,0 +1,174 @@
+"""Two sets of features under comparison, and what every metric of two sets shares.
+
+A suite lays them out in one of two ways. *Pairs*: each row is a picture and its counterpart (a reconstruction), so a
+batch of media holds both. *Independent sets*: a row is a generated or a reference picture, told apart by the column
+`side`, and a batch of media holds one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from bench.types import Error, Estimate, Table
+
+SIDE = "side"  # column of independent sets
+GENERATED, REFERENCE = "generated", "reference"
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Features of the generated set [n, d] and of the reference [m, d], float32, finite and not constant.
+
+    `paired`: row i of one belongs to row i of the other (n = m), so that the two are not independent.
+    """
+
+    generated: np.ndarray
+    reference: np.ndarray
+    paired: bool
+    generated_clusters: Sequence[str]  # what a row shares with rows that depend on it
+    reference_clusters: Sequence[str]
+    seed: int = 0  # of every random draw in an estimate
+
+
+def check_features(features: Any, which: str = "feature") -> np.ndarray:
+    """Float [n, d] of a feature array; raises Error unless it is 2-D, finite, n > 1, d > 1 and not all rows equal."""
+    array = np.asarray(features)
+    if array.ndim != 2:
+        raise Error(f"the {which} set must be [n, d], not of shape {list(array.shape)}", hint="one row per sample")
+    n, d = array.shape
+    if d < 2:
+        raise Error(f"the {which} set has d = {d}", hint="a flattened buffer? features are [n, d] with d > 1")
+    if n < 2:
+        raise Error(f"the {which} set has {n} row{'' if n == 1 else 's'}; a covariance needs two")
+    if array.dtype not in (np.float32, np.float64):
+        array = array.astype(np.float64)
+    if not np.isfinite(array).all():
+        raise Error(f"the {which} set holds NaN or infinity")
+    if (array == array[0]).all():
+        raise Error(f"the {which} set has no variance: all {n} rows are equal")
+    return array
+
+
+def check_pair(a: Any, b: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Both sets as `check_features` returns them; raises Error also where their dimensions differ."""
+    a, b = check_features(a, "first"), check_features(b, "second")
+    if a.shape[1] != b.shape[1]:
+        raise Error(f"feature sets differ in dimension: {a.shape[1]} and {b.shape[1]}")
+    return a, b
+
+
+def sets_of(table: Table, extractor: str) -> Sets:
+    """The two sets that a table holds of one extractor.
+
+    Raises KeyError where no unit kept such features, Error where they cannot be compared.
+    """
+    if any(side is not None for side in table.column(SIDE)):
+        generated, reference = table.where(SIDE, GENERATED), table.where(SIDE, REFERENCE)
+        for part, which in ((generated, GENERATED), (reference, REFERENCE)):
+            if not len(part):
+                raise Error(f"the {which} set is empty")
+        features = [part.features(extractor) for part in (generated, reference)]
+        clusters = [part.clusters() for part in (generated, reference)]
+        paired = False
+    else:
+        features = [table.features(f"{extractor}/fake"), table.features(f"{extractor}/real")]
+        clusters, paired = [table.clusters()] * 2, True
+    fake, real = check_features(features[0], GENERATED), check_features(features[1], REFERENCE)
+    if fake.shape[1] != real.shape[1]:
+        raise Error(f"the sets differ in dimension: {fake.shape[1]} and {real.shape[1]}")
+    return Sets(fake, real, paired, clusters[0], clusters[1], table.seed)
+
+
+@dataclass(frozen=True)
+class SetMetric:
+    """Base of metrics that compare two sets of features; a subclass names itself and writes `estimates`.
+
+    `parts` are the suffixes of what `estimates` returns: "" is the score `name`, "corrected" is `name.corrected`.
+    """
+
+    extractor: str = "embedded"  # a name of bench.metrics.extractors
+    real: str = "image"  # media of the reference
+    fake: str = "recon"  # media under test
+    quantise: str = "round"
+    value_range: tuple[float, float] = (-1.0, 1.0)
+
+    version: ClassVar[int] = 1
+    unit: ClassVar[str] = ""
+    better: ClassVar[str] = "lower"
+    parts: ClassVar[tuple[str, ...]] = ("",)
+    family: ClassVar[str]  # "kid": the score is `kid-<extractor>`, or what `name` says
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}-{self.extractor}"
+
+    def estimates(self, sets: Sets) -> Mapping[str, Estimate]:
+        """One estimate for each of `parts`. An Error it raises withholds all of them, with its message as the note."""
+        raise NotImplementedError
+
+    def settings(self) -> str:
+        """What else decides the value, for the signature: "k:5|radius:<|"; ends in a bar unless empty."""
+        return ""
+
+    def prepare(self, ctx):
+        from bench.metrics.extractors import opened
+
+        opened(self.extractor, ctx)
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The weights manifests that measuring will ask for."""
+        from bench.metrics.extractors import manifests
+
+        return manifests(self.extractor)
+
+    def measure(self, media, ctx):
+        from bench.metrics.extractors import features, opened
+
+        present = [(name, media[key]) for name, key in (("real", self.real), ("fake", self.fake)) if key in media]
+        found = {
+            name if len(present) == 2 else "": features(self.extractor, images, ctx, self.quantise, self.value_range)
+            for name, images in present
+        }
+        columns = {f"{self.extractor}/{name}" if name else self.extractor: rows for name, rows in found.items()}
+        n = len(present[0][1]) if present else 0
+        return {**columns, net_column(self.extractor): [opened(self.extractor, ctx).fingerprint] * n}
+
+    def reduce(self, table):
+        try:
+            sets = sets_of(table, self.extractor)
+        except KeyError:  # no unit kept them: missing, not withheld
+            return dict.fromkeys(self.parts, Estimate(None))
+        except Error as e:
+            return self.withheld(table, str(e))
+        try:
+            return self.estimates(sets)
+        except Error as e:
+            return self.withheld(table, str(e))
+
+    def withheld(self, table: Table, reason: str) -> dict[str, Estimate]:
+        """No value, and why; the reason is left out while rows are missing, as a note calls a score complete."""
+        note = reason if len(table) == table.expected else ""
+        return dict.fromkeys(self.parts, Estimate(None, n=len(table), note=note))
+
+    def signature(self, table):
+        return f"{self.name}|{self.settings()}{describe_sets(table, self.extractor)}|{self.quantise}|v:{self.version}"
+
+
+def net_column(extractor: str) -> str:
+    """The column that holds the fingerprint of the network behind a row's features."""
+    return f"{extractor}-net"
+
+
+def describe_sets(table: Table, extractor: str) -> str:
+    """Sizes, network and resize for a signature: "n:500|m:30000|net:inception@3f2a90c1|resize:clean"."""
+    sides = table.column(SIDE)
+    independent = any(side is not None for side in sides)
+    nets = sorted({str(v) for v in table.column(net_column(extractor)) if v is not None})
+    sizes = f"n:{sides.count(GENERATED)}|m:{sides.count(REFERENCE)}" if independent else f"n:{len(table)}|ref:self"
+    resize = extractor.partition("-")[2] if extractor.startswith("inception-") else "own"
+    return f"{sizes}|net:{'+'.join(nets) or 'none'}|resize:{resize}"
