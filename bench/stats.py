@@ -52,20 +52,32 @@ def mean(values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable] | No
     if n == 0:
         return Estimate(None)
     value = math.fsum(values) / n  # exact, so that the order of rows does not matter
-    if n == 1:
-        return Estimate(value, n=1)
-    if clusters is None or len(set(clusters)) == n:
-        error, freedom, method = float(np.std(values, ddof=1)) / math.sqrt(n), n - 1.0, "t"
-    else:
-        index = _index(clusters)
-        if index.max() == 0:
-            return Estimate(value, n=n)
-        error, freedom = _cluster_error(values - value, index)
-        method = "cluster-t"
+    found = mean_error(values, clusters)
+    if found is None:
+        return Estimate(value, n=n)
+    error, freedom = found
+    method = "t" if clusters is None or len(set(clusters)) == n else "cluster-t"
     if values.min() == values.max():
         return Estimate(float(values[0]), float(values[0]), float(values[0]), method, n)
     half = _t_quantile(freedom) * error
     return Estimate(value, value - half, value + half, method, n)
+
+
+def mean_error(
+    values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable] | None = None
+) -> tuple[float, float] | None:
+    """Standard error and degrees of freedom of the mean of finite values [N], by the rule of `mean`.
+
+    None for one value, or one cluster: nothing tells how such a mean varies.
+    """
+    values = np.asarray(values, np.float64)
+    n = len(values)
+    if n < 2:
+        return None
+    if clusters is None or len(set(clusters)) == n:
+        return float(np.std(values, ddof=1)) / math.sqrt(n), n - 1.0
+    index = _index(clusters)
+    return _cluster_error(values - math.fsum(values) / n, index) if index.max() else None
 
 
 def paired_difference(

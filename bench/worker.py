@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import door, registry
-from bench.capabilities import has, held
-from bench.config import How, bind
+from bench.capabilities import PictureSet, has, held
+from bench.config import How, bind, data_fields
 from bench.identity import canonical, digest, file_digest, seed_for, unit_key
 from bench.pictures import batch_of, encode, extremes
 from bench.store import Store
@@ -30,6 +30,7 @@ from bench.types import Error, Item, Json, Record, Stop, Unit
 TRACE_CHARACTERS = 8_000
 AHEAD = "ahead"  # name of the thread in which the model works
 OWN_COLUMNS = ("item", "unit", "flat")
+GENERATED = "generated"  # `generated:name` is a picture of a PictureSet
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,22 @@ class Worker:
         self, work: Work, device: str = "cpu", *, suite: Suite | None = None, model: Any = None, manifest: Any = None
     ):
         self.work, self.device, self.batch = work, device, work.how.batch
+        self.others: dict[str, Any] = {}  # the manifests of further fields of type Data
         self.suite = suite if suite is not None else registry.find("suites", work.suite)(**work.fields)
         self.store = Store(work.how.store)
         self.manifest = manifest
-        if manifest is None and work.data is not None:
+        others = data_fields(type(self.suite))[1:]
+        if (manifest is None and work.data is not None) or others:
             from bench.manifest import load
 
+            def opened(name: str) -> Any:
+                found = load(name, digests=digests)
+                return found if work.limit is None else found.subset(work.limit)
+
             with self.store.digests() as digests:
-                self.manifest = load(work.data, digests=digests)
-            if work.limit is not None:
-                self.manifest = self.manifest.subset(work.limit)
+                if manifest is None and work.data is not None:
+                    self.manifest = opened(work.data)
+                self.others = {name: opened(getattr(self.suite, name)) for name in others}
         for name, value in work.model_how.items():
             secrets().add_named(name, str(value))  # a process of its own was not told what was typed
         self.model = model if model is not None else open_model(work.model, work.model_what, work.model_how, device)
@@ -147,6 +154,7 @@ class Worker:
                 pictures = {name: m for name, m in media.items() if hasattr(m, "shape") and len(m.shape) > 1}
                 self._check(ids, pictures, new)
                 own = [("", {k: v for k, v in media.items() if k not in pictures})]
+                batch_features: dict[str, np.ndarray] = {}  # metrics of one network return the same ones
                 for source, columns in chain(own, ((metric.name, metric.measure(media, ctx)) for metric in metrics)):
                     for name, values in columns.items():
                         if not hasattr(values, "__len__"):
@@ -156,7 +164,7 @@ class Worker:
                         if len(values) != len(ids):
                             raise BadOutput(f"{source or 'run'}: {name} has {len(values)} values for {len(ids)} items")
                         if hasattr(values, "ndim") and values.ndim > 1:
-                            features.setdefault(name, []).append(np.asarray(values, np.float32))
+                            batch_features[name] = np.asarray(values, np.float32)
                         elif name in OWN_COLUMNS:
                             raise BadOutput(
                                 f"{source or 'run'}: {name!r} is a column of the harness; choose another name"
@@ -164,6 +172,8 @@ class Worker:
                         else:
                             for row, value in zip(new, values, strict=True):
                                 row[name] = as_json(value)
+                for name, values in batch_features.items():
+                    features.setdefault(name, []).append(values)
                 for i, id in enumerate(ids):
                     rows[id] = new[i]
                     if self.work.kept is None or id in self.work.kept:
@@ -188,14 +198,29 @@ class Worker:
         canonical(found)  # what cannot be stored fails here, with the unit
         return found, blobs
 
+    def find(self, id: str) -> tuple[Any, str]:
+        """The manifest that holds an item, and the item's name there; None for a picture of the model."""
+        source, _, name = id.partition(":")
+        if source in self.others:
+            return self.others[source], name
+        if source == GENERATED and PictureSet in self.suite.requires:
+            return None, name
+        return self.manifest, id
+
+    def read(self, id: str) -> Any:
+        """uint8 [H, W, 3] of an item."""
+        manifest, name = self.find(id)
+        return self.model.pictures([name])[0] if manifest is None else manifest.read(name)
+
     def _row(self, id: str, unit: Unit, rows: Mapping[str, Any]) -> dict[str, Json]:
         if id in rows:
             raise BadOutput(f"run() returned item {id!r} twice")
         if id not in unit.items:
             raise BadOutput(f"run() returned item {id!r}, which is not in unit {unit.id!r}")
         row: dict[str, Json] = {"item": id}
-        if self.manifest is not None:
-            item = self.manifest.item(id)
+        manifest, name = self.find(id)
+        if manifest is not None:
+            item = manifest.item(name)
             if item.cluster:
                 row["cluster"] = item.cluster
             row.update({name: item.attributes[name] for name in self.suite.slices if name in item.attributes})
@@ -244,10 +269,14 @@ class WorkerContext:
             yield list(unit.items[i : i + self._batch])
 
     def item(self, id: str) -> Item:
-        return self._worker.manifest.item(id)
+        manifest, name = self._worker.find(id)
+        return Item(id) if manifest is None else manifest.item(name)
+
+    def picture(self, id: str):
+        return self._worker.read(id)
 
     def images(self, ids: Sequence[str], size: int, resize: str = "adm"):
-        return batch_of(self._worker.manifest, ids, size, resize, self.device)
+        return batch_of(self._worker, ids, size, resize, self.device)
 
     def seed(self, item: str, stream: str = "latent") -> int:
         suite = self._worker.suite
@@ -270,6 +299,11 @@ class WorkerContext:
         from bench.manifest import weights_path
 
         return weights_path(name)
+
+    def extractor(self, name: str) -> Mapping[str, Json]:
+        from bench.manifest import extractor_table
+
+        return extractor_table(name)
 
     def scratch(self, unit: Unit) -> Path:
         path = self._worker.store.root / "scratch" / self._worker.work.run_id / digest(unit.id)[:16]
