@@ -7,6 +7,7 @@ probability that is known exactly, so that what a model learnt, or exaggerated, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -235,15 +236,20 @@ def _choose(probabilities: np.ndarray, u: np.ndarray) -> np.ndarray:
     return (u[:, None] * cumulative[:, -1:] >= cumulative).sum(1)
 
 
-# drawing: distances in radii, u to the right and v down from the centre, negative inside
+# Drawing: distances in radii, u to the right and v down from the centre, negative inside. Nothing but + - * / and
+# square roots, which all processors round alike; NumPy's sine and its kin differ in the last bit between them.
+
+
+def _length(u, v):
+    return np.sqrt(u * u + v * v)
 
 
 def _circle(u, v):
-    return np.hypot(u, v) - 0.92
+    return _length(u, v) - 0.92
 
 
 def _ring(u, v):
-    return np.abs(np.hypot(u, v) - 0.72) - 0.23
+    return np.abs(_length(u, v) - 0.72) - 0.23
 
 
 def _square(u, v):
@@ -251,12 +257,12 @@ def _square(u, v):
 
 
 def _diamond(u, v):
-    return (1.35 * np.abs(u) + np.abs(v) - 1.1) / np.hypot(1.35, 1)
+    return (1.35 * np.abs(u) + np.abs(v) - 1.1) / math.sqrt(1.35**2 + 1)
 
 
 def _triangle(u, v):
     slope = 1.65 / 0.98  # from the top (0, -0.95) to a corner (0.98, 0.7)
-    return np.maximum(v - 0.7, (slope * np.abs(u) - v - 0.95) / np.hypot(slope, 1))
+    return np.maximum(v - 0.7, (slope * np.abs(u) - v - 0.95) / math.sqrt(slope**2 + 1))
 
 
 def _cross(u, v):
@@ -265,30 +271,28 @@ def _cross(u, v):
 
 
 def _star(u, v):
-    """Five points: the plane folded into the half of one of them, whose edge is a straight line."""
-    v = v + np.float32(-0.08)
-    tenth = np.pi / 5
-    angle = np.abs((np.arctan2(u, -v) + tenth) % (2 * tenth) - tenth)
-    length = np.hypot(u, v)
-    x, y = length * np.cos(angle), length * np.sin(angle)
+    """Five points: the plane is folded along mirrors into half of the upper one, which has a straight edge."""
+    cos36, cos72 = (math.sqrt(5) + 1) / 4, (math.sqrt(5) - 1) / 4
+    sin36, sin72 = math.sqrt(1 - cos36**2), math.sqrt(1 - cos72**2)
+    across, along = np.abs(u), 0.08 - v
+    for cos, sin in ((-cos72, sin72), (cos72, sin72), (cos36, sin36)):  # mirrors 108, 72 and 36 degrees from the top
+        beyond = 2 * np.maximum(cos * across - sin * along, 0)
+        across, along = across - cos * beyond, along + sin * beyond
     outer, inner = 1.16, 0.5
-    corner = np.array([inner * np.cos(tenth), inner * np.sin(tenth)])
-    normal = np.array([corner[1], outer - corner[0]]) / np.hypot(corner[1], outer - corner[0])
-    return np.float32(normal[0]) * (x - np.float32(outer)) + np.float32(normal[1]) * y
+    rise, run = inner * sin36, outer - inner * cos36  # of the edge from the tip to the inner corner
+    return (rise * (along - outer) + run * across) / math.sqrt(rise**2 + run**2)
 
 
 def _heart(u, v):
     """Two discs whose tangents meet in the point below; symmetric, so the right half is enough."""
-    u, v = np.abs(u), v + np.float32(0.1)
+    u, v = np.abs(u), v + 0.1
     x, y, radius = 0.44, -0.105, 0.47  # of the disc; x + y + radius sqrt(2) = 1, where the tangent is u + v = 1
-    root = np.sqrt(np.float32(2))
-    disc = np.hypot(u - x, v - y) - radius
-    below = np.maximum((u + v - 1) / root, ((u - x) - (v - y)) / root)
+    disc = _length(u - x, v - y) - radius
+    below = np.maximum(u + v - 1, (u - x) - (v - y)) / math.sqrt(2)
     return np.minimum(disc, np.maximum(below, y - 0.16 - v))
 
 
 _DISTANCES = dict(zip(SHAPES, (_circle, _square, _triangle, _star, _cross, _ring, _diamond, _heart), strict=True))
-_SUBPIXELS = 2  # along each side of a pixel
 
 
 def draw(pictures: Sequence[Picture]) -> np.ndarray:
@@ -303,7 +307,7 @@ def draw(pictures: Sequence[Picture]) -> np.ndarray:
 
 
 def _draw(pictures, distance):
-    n, size = len(pictures), SIZE * _SUBPIXELS
+    n, size = len(pictures), 2 * SIZE
     grid = (np.arange(size, dtype=np.float32) + 0.5) / size
     x, y, radius = (
         np.array([getattr(p, k) for p in pictures], np.float32)[:, None, None] for k in ("x", "y", "radius")
@@ -317,14 +321,18 @@ def _draw(pictures, distance):
     foreground = np.array([p.foreground for p in pictures], dtype=np.float32)
     backdrop = np.array([p.backdrop for p in pictures], dtype=np.float32)
     # The texture's second colour goes away from the background's lightness, so that the outline stays.
-    pole = (backdrop.mean(1, keepdims=True) < 0.5).astype(np.float32)
+    lightness = (backdrop[:, :1] + backdrop[:, 1:2] + backdrop[:, 2:]) / 3
+    pole = (lightness < 0.5).astype(np.float32)
     second = foreground + 0.55 * (pole - foreground)
-    cells = (n, SIZE, _SUBPIXELS, SIZE, _SUBPIXELS)
-    inner = (cover * pattern).reshape(cells).mean((2, 4))[..., None]
-    outer = cover.reshape(cells).mean((2, 4))[..., None]
-    colours = (c[:, None, None, :] for c in (foreground, second, backdrop))
-    first, other, behind = colours
+    inner, outer = (_pixels(c)[..., None] for c in (cover * pattern, cover))
+    first, other, behind = (c[:, None, None, :] for c in (foreground, second, backdrop))
     return np.rint(255 * (first * (outer - inner) + other * inner + behind * (1 - outer))).astype(np.uint8)
+
+
+def _pixels(cover):
+    """The means of 2 x 2 subpixels of [n, H, W]."""
+    rows = cover[:, ::2] + cover[:, 1::2]
+    return (rows[:, :, ::2] + rows[:, :, 1::2]) / 4
 
 
 def _pattern(picture, grid):

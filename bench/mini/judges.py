@@ -1,0 +1,86 @@
+"""Networks that look at pictures of the small world: a classifier of every attribute, a picture-and-text encoder in
+CLIP's format, and a model that answers questions. How they were trained, and how good they are: README.md here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.mini.world import ATTRIBUTES
+
+NONE = "none"  # the shape of a picture that shows no shape of the world, or more than one
+HEADS: Mapping[str, tuple[str, ...]] = {**ATTRIBUTES, "shape": (*ATTRIBUTES["shape"], NONE)}
+FEATURES = 128
+WIDTHS = ((24, 1), (48, 2), (48, 1), (96, 2), (96, 1), (96, 2))  # (channels, stride) of each convolution
+
+
+def folder(name: str) -> Path:
+    """Where the weights of "mini-classifier", "mini-clip" or "mini-vqa" lie."""
+    return Path(__file__).parent / "checkpoints" / name
+
+
+def build_classifier() -> Any:
+    """The classifier with weights as torch left them; in evaluation mode a picture's features are its own.
+
+    `features(images)` gives float32 [B, 128], not negative; `logits(features)` a dict of [B, k] in the order of HEADS;
+    calling the network gives the logits of pictures. Images are uint8 [B, 3, 32, 32], or floats in [0, 1].
+    """
+    import torch
+    from torch import nn
+
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layers, before = [], 3
+            for width, stride in WIDTHS:
+                layers += [nn.Conv2d(before, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+                before = width
+            self.stages = nn.Sequential(*layers, nn.Flatten())
+            self.project = nn.Sequential(nn.Linear(4 * 4 * before, FEATURES), nn.BatchNorm1d(FEATURES), nn.ReLU())
+            self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, len(values)) for name, values in HEADS.items()})
+
+        def features(self, images):
+            x = images / 255 if images.dtype == torch.uint8 else images
+            return self.project(self.stages((2 * x - 1).contiguous(memory_format=torch.channels_last))).float()
+
+        def logits(self, features):
+            return {name: head(features) for name, head in self.heads.items()}
+
+        def forward(self, images):
+            return self.logits(self.features(images))
+
+    return Classifier().to(memory_format=torch.channels_last)
+
+
+def load_classifier(device: str = "cpu", path: Path | None = None) -> Any:
+    """The trained classifier in float32 and evaluation mode, without gradients of its weights.
+
+    `path` is a folder that `bench train mini-classifier` wrote; by default the embedded one.
+    """
+    return _filled(build_classifier(), (path or folder("mini-classifier")) / "classifier.safetensors", device)
+
+
+def read(network: Any, images: Any, batch: int = 256) -> dict[str, list[str]]:
+    """What a classifier sees: for each attribute the likeliest value of each picture, the shape may be "none".
+
+    Images are uint8 [N, 3, 32, 32], or floats in [0, 1].
+    """
+    import torch
+
+    found: dict[str, list[str]] = {name: [] for name in HEADS}
+    with torch.no_grad():
+        for part in images.split(batch):
+            for name, logits in network(part).items():
+                found[name] += [HEADS[name][i] for i in logits.argmax(1).tolist()]
+    return found
+
+
+def _filled(network: Any, path: Path, device: str) -> Any:
+    """The network with the weights of a file, stored in half precision, as float32."""
+    from safetensors.torch import load_file
+
+    weights = {name: w.float() if w.is_floating_point() else w for name, w in load_file(path).items()}
+    network.load_state_dict(weights)
+    return network.requires_grad_(False).eval().to(device)
