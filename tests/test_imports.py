@@ -246,7 +246,7 @@ def test_no_global_random_state(path):
         if parts[0] == "torch" and len(parts) == 2 and parts[1] in TORCH_DRAWS:
             assert any(k.arg == "generator" for k in node.keywords), where
         if parts[:-1] in (["np", "random"], ["numpy", "random"]):
-            assert parts[-1] in ("Generator", "Philox", "PCG64", "SeedSequence", "default_rng"), where
+            assert parts[-1] in ("Generator", "Philox", "PCG64", "SeedSequence", "default_rng", "RandomState"), where
             assert node.args or node.keywords, where
         assert not (parts[0] == "random" and len(parts) == 2 and parts[1] != "Random"), where
 

@@ -8,6 +8,7 @@ _HOME = {
     "Frechet": "frechet",
     "PairwiseFeatureDistance": "frechet",
     "BitsPerPixel": "rate",
+    "KID": "kid",
 }
 
 __all__ = list(_HOME)
