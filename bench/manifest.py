@@ -30,6 +30,7 @@ from bench.manifest_format import (
     read_weights,
     suggest,
 )
+from bench.manifest_world import FIRST, WorldItems
 from bench.types import Error, Item, UsageError
 
 if TYPE_CHECKING:
@@ -54,7 +55,14 @@ class Entry:
 class Manifest:
     """Items by id. `digest` stands for all that decides what they are: kind, `prepare`, ids, hashes, columns."""
 
-    def __init__(self, name: str, header: Mapping[str, Any], entries: Mapping[str, Entry], digest: str):
+    def __init__(
+        self,
+        name: str,
+        header: Mapping[str, Any],
+        entries: Mapping[str, Entry],
+        digest: str,
+        drawn: WorldItems | None = None,
+    ):
         self.name = name
         self.kind: str = header["kind"]
         self.source: str = header["source"]
@@ -66,7 +74,8 @@ class Manifest:
         self.digest = digest
         self.digests = FileDigests()
         self._header = header
-        self._entries = dict(entries)
+        self._entries = entries
+        self._drawn = drawn
         self._verified: set[Path] = set()
         self._last: tuple[Path | None, np.ndarray | None] = (None, None)  # crops of one picture follow each other
 
@@ -81,6 +90,8 @@ class Manifest:
 
     def num_clusters(self) -> int:
         """How many groups of items are independent of each other; what intervals count."""
+        if self._drawn is not None:
+            return len(self)
         return len({entry.item.cluster or id for id, entry in self._entries.items()})
 
     def chunks(self, size: int) -> Iterator[tuple[str, ...]]:
@@ -108,6 +119,8 @@ class Manifest:
         """uint8 [H, W, 3]: the picture, or its crop, from bytes whose SHA-256 is the manifest's."""
         entry = self._entry(id)
         path = entry.item.path
+        if self._drawn is not None:
+            return self._drawn.picture(id)
         if path is None:
             raise Error(f"{self.name}: item {id} has no picture")
         if self._last[0] != path:
@@ -130,15 +143,21 @@ class Manifest:
             return self
         chosen = set(sorted(self._entries, key=lambda id: digest(["subset", id]))[:limit])
         entries = {id: entry for id, entry in self._entries.items() if id in chosen}
-        part = Manifest(self.name, self._header, entries, f"sha256:{digest([self.digest, list(entries)])}")
+        found = f"sha256:{digest([self.digest, list(entries)])}"
+        part = Manifest(self.name, self._header, entries, found, self._drawn)
         part.digests = self.digests
         return part
 
     def check(self) -> None:
-        """Every file is there and has its SHA-256, as far as `digests` does not remember it; nothing is decoded.
+        """Every file is there and has its SHA-256, as far as `digests` does not remember it; nothing is decoded. Of
+        drawn pictures the first ones are drawn.
 
         Raises Error with the next command: never locked, missing or changed.
         """
+        if self._drawn is not None:
+            self.ids()
+            self._compare_drawn("first_pixels", self._drawn.digest(FIRST))
+            return
         paths = {self._entries[id].item.path: self._entries[id].sha256 for id in self.ids()}
         paths.pop(None, None)
         missing = [path for path in paths if not path.is_file()]
@@ -159,6 +178,11 @@ class Manifest:
             raise Error(f"data {self.name}: {path} changed: sha256 {found}, expected {expected}", hint=hint)
         self._verified.add(path)
 
+    def _compare_drawn(self, field: str, found: str) -> None:
+        if found != self._header.get(field):
+            message = f"data {self.name}: {field} are not what was locked: this release draws other pictures"
+            raise Error(message, hint=f"use the release that it came with; or bench data lock {self.name}")
+
     def _absent(self, path: Path, count: int = 1) -> Error:
         more = f" and {count - 1:,} more" if count > 1 else ""
         return Error(f"data {self.name}: {path} is missing{more}", hint=self._next_step())
@@ -176,6 +200,8 @@ def load(name: str, data_root: Path | None = None, digests: FileDigests | None =
         return _folder(name, digests or FileDigests())
     path = find(name)
     header = read_header(path)
+    if header["kind"] == "world":
+        return _world(name, path, header)
     root = root_of(header, data_root)
     items = path.with_name(f"{name}.items.csv")
     rows: list[dict[str, str]] = []
@@ -191,6 +217,46 @@ def load(name: str, data_root: Path | None = None, digests: FileDigests | None =
     manifest = Manifest(name, header, entries, found)
     manifest.digests = digests or manifest.digests
     return manifest
+
+
+def _world(name: str, path: Path, header: Mapping[str, Any]) -> Manifest:
+    """Items that are drawn: nothing lies on disk but the seed, the count and the hashes of what comes out."""
+    found = f"sha256:{_world_digest(header)}"
+    if header["locked"] and header.get("digest") != found:
+        message = f"{path}: digest is {header.get('digest', 'missing')}, but the content has {found}"
+        raise Error(message, hint=f"it was edited; if that is meant: bench data lock {name}")
+    drawn = WorldItems(header["world"])
+    return Manifest(name, header, _DrawnEntries(drawn), found, drawn)
+
+
+def _lock_world(path: Path, header: dict[str, Any]) -> Path:
+    drawn = WorldItems(header["world"])
+    pixels = {"pixels": drawn.digest(), "first_pixels": drawn.digest(FIRST)}
+    fields = {**pixels, "digest": f"sha256:{_world_digest({**header, **pixels})}"}
+    text = _set_fields(read_text(path), {**{k: f'"{v}"' for k, v in fields.items()}, "locked": "true"})
+    folder = _own_folder(path)
+    door.replace(folder / path.name, text.encode())
+    return folder / path.name
+
+
+def _world_digest(header: Mapping[str, Any]) -> str:
+    return content_digest(header, [{"pixels": header.get("pixels", ""), "items": str(header["world"]["items"])}])
+
+
+class _DrawnEntries(Mapping[str, Entry]):
+    """Entries that are made when asked for."""
+
+    def __init__(self, items: WorldItems):
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __getitem__(self, id: str) -> Entry:
+        return Entry(self._items[id])
 
 
 def fetch(name: str, progress: Progress | None = None, data_root: Path | None = None, loopback: bool = False) -> str:
@@ -244,6 +310,8 @@ def lock(name: str, data_root: Path | None = None) -> Path:
     if name.startswith("weights/"):
         return _lock_weights(name, path, data_root)
     header = read_header(path)
+    if header["kind"] == "world":
+        return _lock_world(path, header)
     root = root_of(header, data_root)
     _accept(header.get("fetch", []), root)
     items = path.with_name(f"{name}.items.csv")
@@ -270,10 +338,16 @@ def verify(name: str, data_root: Path | None = None, digests: FileDigests | None
         return f"{weights_path(name.removeprefix('weights/'), data_root)} is as locked"
     manifest = load(name, data_root, digests)
     manifest.check()
+    if manifest._drawn is not None:
+        manifest._compare_drawn("pixels", manifest._drawn.digest())
+        return f"{name}: {len(manifest):,} items, all drawn as locked"
     for id in manifest.ids():
         if manifest.item(id).path is not None:
             manifest.read(id)
     return f"{name}: {len(manifest):,} items in {manifest.num_clusters():,} clusters, all as locked"
+
+
+_digests = FileDigests()  # metrics ask for their weights with every batch, and a file may have a gigabyte
 
 
 def weights_path(name: str, data_root: Path | None = None) -> Path:
@@ -281,12 +355,22 @@ def weights_path(name: str, data_root: Path | None = None) -> Path:
     header = read_weights(find(f"weights/{name}"))
     target = data_folder(data_root) / "weights" / header["file"]
     for path in (target, *map(_package_file, header.get("packaged", []))):
-        if header["locked"] and path.is_file() and file_digest(path) == header["sha256"]:
+        if header["locked"] and path.is_file() and _digests.of(path) == header["sha256"]:
             return path
     if header["locked"] and target.is_file():
         raise Error(f"{target} is not the locked file", hint=f"remove it; then bench data fetch weights/{name}")
     state = "missing" if header["locked"] else "not locked"
     raise Error(f"weights {name} are {state}", hint=_how_to_get(f"weights/{name}", header))
+
+
+def extractor_table(name: str) -> Mapping[str, Any]:
+    """The checked table `[extractor]` of a weights manifest; raises UsageError where there is none of that name."""
+    header = read_weights(find(f"weights/{name}")) if name in _known("weights") else {}
+    if "extractor" in header:
+        return header["extractor"]
+    known = [n for n in _known("weights") if "[extractor]" in read_text(find(f"weights/{n}"))]
+    hint = f"embedded, inception-RESIZE, {', '.join(known)}; or write data_manifests/weights/NAME.toml"
+    raise UsageError(f"no feature network is called {name!r}{suggest(name, known)}", hint=hint)
 
 
 def _lock_weights(name: str, path: Path, data_root: Path | None) -> Path:

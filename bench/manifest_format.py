@@ -13,6 +13,7 @@ from typing import Any
 
 from bench import images
 from bench.identity import digest
+from bench.manifest_world import check_world
 from bench.types import Error
 
 MAX_TEXT = 16 * 2**20  # bytes of a TOML or CSV file
@@ -31,10 +32,18 @@ HEADER: Mapping[str, tuple[type, bool]] = {
     "manual": (str, False),  # how to get what cannot be fetched
     "pinned": (list, False),  # requirements whose wheels hold the pictures
     "crops": (dict, False),
+    "world": (dict, False),
+    "pixels": (str, False),  # SHA-256 of all drawn pictures and captions; written by `bench data lock`
+    "first_pixels": (str, False),  # of the first ones, compared before each run
     "fetch": (list, False),
 }
-KINDS = ("images", "package-crops", "prompts")
+KINDS = ("images", "package-crops", "prompts", "world")
 CROPS: Mapping[str, tuple[type, bool]] = {"size": (int, True), "stride": (int, True), "limit": (int, True)}
+WORLD: Mapping[str, tuple[type, bool]] = {  # drawn by bench.mini.world: items 0 to `items` - 1 of a seed
+    "seed": (int, True),
+    "items": (int, True),
+    "held_out": (str, True),  # "exclude", "only" or "any": what becomes of world.HELD_OUT
+}
 FETCH: Mapping[str, tuple[type, bool]] = {
     "url": (str, True),
     "file": (str, True),  # its name below `root`
@@ -52,6 +61,22 @@ WEIGHTS: Mapping[str, tuple[type, bool]] = {
     "sha256": (str, False),
     "bytes": (int, False),
     "packaged": (list, False),  # files of installed packages that may be the same: "torchmetrics/.../alex.pth"
+    "extractor": (dict, False),  # the weights are a feature network's
+}
+# what its pictures and features are; read by bench.metrics.extractors
+EXTRACTOR: Mapping[str, tuple[type, bool]] = {
+    "network": (str, True),  # "torchvision:resnet50", "timm:...", "open_clip:...", "transformers", "inception", "i3d"
+    "size": (int, True),  # px
+    "dim": (int, True),  # of a feature vector
+    "classes": (int, False),  # of the logits, where they are wanted
+    "layer": (str, False),  # torchvision: the submodule whose output is taken
+    "pooling": (str, False),  # transformers: "cls", "mean", "pooler" or "projection"
+    "config": (dict, False),  # transformers: the fields of config.json
+    "resize": (str, False),
+    "crop": (str, False),
+    "mean": (list, False),
+    "std": (list, False),
+    "dtype": (str, False),
 }
 UNPACK: Mapping[str, tuple[type, bool]] = {"files": (int, True), "bytes": (int, True)}
 
@@ -69,6 +94,8 @@ def read_weights(path: Path) -> dict[str, Any]:
         if not isinstance(name, str):
             raise Error(f"{path}: packaged must be a list of strings")
         check_name(str(path), "packaged", name)
+    if "extractor" in header:
+        check_fields(f"{path}: extractor", header["extractor"], EXTRACTOR)
     return header
 
 
@@ -117,6 +144,11 @@ def read_header(path: Path) -> dict[str, Any]:
         for key, value in header["crops"].items():
             if not 1 <= value <= 65536:
                 raise Error(f"{where}: crops.{key} is {_brief(value)}; it must lie between 1 and 65536")
+    if (header["kind"] == "world") != ("world" in header):
+        raise Error(f"{where}: a table [world] belongs to kind world, and only there")
+    if "world" in header:
+        check_fields(f"{where}: world", header["world"], WORLD)
+        check_world(where, header["world"])
     for i, part in enumerate(header.get("fetch", ())):
         at = f"{where}: fetch[{i}]"
         if not isinstance(part, dict):
@@ -186,7 +218,7 @@ def _spread(room: int, stride: int) -> list[int]:
 
 
 def prepare_of(header: Mapping[str, Any]) -> str:
-    if header["kind"] == "prompts":
+    if header["kind"] in ("prompts", "world"):
         return header.get("prepare", "")
     return "; ".join(part for part in (header.get("prepare", "").strip(), images.RULES) if part)
 

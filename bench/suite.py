@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from bench.types import Estimate, Figure, Item, Media, Score, Table, Unit
+from bench.types import Estimate, Figure, Item, Json, Media, Score, Table, Unit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +25,9 @@ class Context(Protocol):
 
     def item(self, id: str) -> Item: ...
 
+    def picture(self, id: str) -> np.ndarray:
+        """uint8 [H, W, 3]: the item's picture as it is stored."""
+
     def images(self, ids: Sequence[str], size: int, resize: str = "adm") -> torch.Tensor:
         """float32 [B, 3, size, size] in [-1, 1] on the device; `resize` names a function of `bench.images`."""
 
@@ -39,6 +42,9 @@ class Context(Protocol):
 
     def weights(self, name: str) -> Path:
         """The verified file of a weights manifest (`data_manifests/weights/<name>.toml`)."""
+
+    def extractor(self, name: str) -> Mapping[str, Json]:
+        """Its table `[extractor]`: which feature network the file is for, and what pictures that is fed."""
 
     def scratch(self, unit: Unit) -> Path:
         """A folder that survives failure and is removed after success."""
@@ -88,8 +94,13 @@ class Suite(ABC):
     value_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
 
     @abstractmethod
-    def units(self, data: Any) -> Iterator[Unit]:
-        """`data` is the manifest that the field `data` names, or None where the suite has no such field."""
+    def units(self, *data: Any) -> Iterator[Unit]:
+        """`data` is the manifest that the field `data` names, or None where the suite has no such field.
+
+        With several fields of type Data it takes one manifest for each, in their order; an item of any but the first
+        is `field:id`. Where PictureSet is required, the names of the model's pictures follow, and an item is
+        `generated:name`.
+        """
 
     @abstractmethod
     def run(self, unit: Unit, model: Any, ctx: Context) -> Iterator[tuple[Sequence[str], Media]]: ...

@@ -1,23 +1,39 @@
-"""Feature networks: pictures in, float32 [B, d] out; float32 with TF32 off, whatever the model under test does."""
+"""Feature extractors: pictures in, float32 [B, d] out; float32 with TF32 off, whatever the model under test does.
+
+An extractor's name is "embedded", "inception-<resize>", or that of a weights manifest with a table `[extractor]`:
+
+    [extractor]
+    network = "torchvision:squeezenet1_0"  # or timm:NAME, open_clip:NAME, transformers, inception, i3d
+    layer = "features"                     # torchvision: the submodule; transformers: pooling = "cls"
+    size = 224                             # px; resize = "clean", crop = "none": see bench.metrics.resizes
+    mean = [0.485, 0.456, 0.406]           # of pictures in 0..1, subtracted; std = [...] then divides
+    dim = 512                              # of the features
+
+`<name>/logits` is the other output of a network that has one; both come from the same forward pass.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from bench.metrics.pixel import quantise
+from bench.metrics.resizes import CROPS, RESIZES, resized
 from bench.types import Error, UsageError
 
 INCEPTION = "inception-2015-12-05-pytorch-fid"  # manifest of the state dict
-RESIZES = ("clean", "tf1", "pytorch")
-EXTRACTORS = ("embedded", *(f"inception-{resize}" for resize in RESIZES))
-BATCH = 32  # pictures per forward pass
+INCEPTION_RESIZES = ("clean", "tf1", "pytorch", "tm")
+EXTRACTORS = ("embedded", *(f"inception-{resize}" for resize in INCEPTION_RESIZES))
+BATCH = {"cpu": 8, "cuda": 32}  # pictures per forward pass, always: features must not depend on how many came
+DTYPES = ("float32", "bfloat16")
+FAR_OUT = 8.0  # floats beyond are no picture in [-1, 1] that a decoder overshot; levels 0..255 are
 
 
 class Extractor(Protocol):
@@ -29,28 +45,112 @@ class Extractor(Protocol):
         """float32 [B, dim] of a tensor [B, 3, H, W]: uint8, or float in [-1, 1] which is not rounded."""
 
 
-class Network:
-    """An extractor made of a name, a fingerprint and a function of levels: float32 [B, 3, H, W] in 0..255."""
+class Preparation(NamedTuple):
+    """How levels come to a network's size; networks that ask for the same share the result."""
 
-    def __init__(self, name: str, fingerprint: str, dim: int, forward: Callable[[Any], Any], device: str):
-        self.name, self.fingerprint, self.dim = name, fingerprint, dim
-        self._forward, self._device = forward, device
+    resize: str = "none"
+    size: int = 0  # px
+    crop: str = "none"
+
+    def __call__(self, levels: Any) -> Any:
+        return levels if self.resize == "none" else resized(levels, self.resize, self.size, self.crop)
+
+
+UNCHANGED = Preparation()
+
+
+class Network:
+    """An extractor with several outputs: `dims` names them and their lengths, "" being the features.
+
+    `forward` takes prepared levels, float32 [B, 3, H, W] in 0..255 (videos [B, 3, T, H, W] where `axes` is 5).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        fingerprint: str,
+        dims: Mapping[str, int],
+        forward: Callable[[Any], Mapping[str, Any]],
+        device: str,
+        preparation: Preparation = UNCHANGED,
+        axes: int = 4,
+    ):
+        self.name, self.fingerprint, self.dims, self.dim = name, fingerprint, dict(dims), dims[""]
+        self.preparation = preparation
+        self._forward, self._device, self._axes = forward, device, axes
 
     def __call__(self, images: Any) -> np.ndarray:
+        return self.outputs(images)[""]
+
+    def outputs(self, images: Any, prepared: dict[Any, Any] | None = None) -> dict[str, np.ndarray]:
+        """Every output, float32 [B, d]. `prepared` keeps the resized parts of these pictures for other networks."""
         import torch
 
-        if images.dim() != 4 or images.shape[1] != 3:
-            raise Error(f"feature networks need pictures [B, 3, H, W], not {list(images.shape)}")
-        found = [np.empty((0, self.dim), dtype=np.float32)]
+        self._check(images)
+        found = {name: [np.empty((0, dim), dtype=np.float32)] for name, dim in self.dims.items()}
+        batch = BATCH[torch.device(self._device).type]
         with torch.no_grad(), full_precision():
-            for part in images.split(BATCH):
-                levels = part.to(self._device)
-                levels = levels.float() if levels.dtype == torch.uint8 else (levels.float() + 1) * 127.5
-                found.append(self._forward(levels).float().cpu().numpy())
-        features = np.concatenate(found)
-        if not np.isfinite(features).all():
+            for start in range(0, len(images), batch):
+                part = images[start : start + batch]
+                rows = self._forward(self._prepared(part, start, {} if prepared is None else prepared))
+                for name, dim in self.dims.items():
+                    if name not in rows:
+                        raise Error(f"extractor {self.name} gives no {name}", hint="take `classes` out of its manifest")
+                    values = rows[name][: len(part)].float().cpu().numpy()
+                    if values.shape[1] != dim:
+                        raise Error(f"extractor {self.name} gave {values.shape[1]} features, not the {dim} expected")
+                    found[name].append(values)
+        features = {name: np.concatenate(parts) for name, parts in found.items()}
+        if not all(np.isfinite(values).all() for values in features.values()):
             raise Error(f"{self.fingerprint} gave NaN or infinity")
         return features
+
+    def _prepared(self, part: Any, start: int, prepared: dict[Any, Any]) -> Any:
+        """Levels as the network is fed them, the tail filled up with its last picture."""
+        import torch
+
+        key = (self.preparation, self._device, start)
+        if key not in prepared:
+            levels = part.to(self._device)
+            levels = levels.float() if levels.dtype == torch.uint8 else (levels.float() + 1) * 127.5
+            levels = self.preparation(levels)
+            missing = BATCH[torch.device(self._device).type] - len(levels)
+            prepared[key] = torch.cat([levels, levels[-1:].expand(missing, *levels.shape[1:])]) if missing else levels
+        return prepared[key]
+
+    def _check(self, images: Any) -> None:
+        import torch
+
+        axes = "[B, 3, H, W]" if self._axes == 4 else "videos [B, 3, T, H, W]"
+        if images.dim() != self._axes or images.shape[1] != 3 or 0 in images.shape[2:]:
+            raise Error(f"{self.name} needs {'pictures ' if self._axes == 4 else ''}{axes}, not {list(images.shape)}")
+        if images.dtype == torch.uint8:
+            return
+        if not images.is_floating_point():
+            raise Error(f"{self.name} needs uint8 or float pictures, not {images.dtype}")
+        if not images.numel():
+            return
+        low, high = (float(bound) for bound in images.aminmax())
+        if not np.isfinite([low, high]).all():
+            raise Error("a picture holds NaN or infinity", hint="look at the model's output before it is scored")
+        if max(-low, high) > FAR_OUT:
+            hint = "levels 0..255 belong in uint8; [0, 1] is value_range (0, 1)"
+            raise Error(f"float pictures must lie in [-1, 1]; these reach from {low:g} to {high:g}", hint=hint)
+
+
+class Output:
+    """One output of a network as an extractor of its own: "inception-tf1/logits"."""
+
+    def __init__(self, network: Network, output: str):
+        if output not in network.dims:
+            known = ", ".join(n for n in network.dims if n) or "none but its features"
+            raise UsageError(f"extractor {network.name} has no output {output!r}", hint=f"it has {known}")
+        self.name, self.fingerprint = f"{network.name}/{output}", network.fingerprint
+        self.dim = network.dims[output]
+        self._network, self._output = network, output
+
+    def __call__(self, images: Any) -> np.ndarray:
+        return self._network.outputs(images)[self._output]
 
 
 @contextlib.contextmanager
@@ -71,43 +171,84 @@ def full_precision() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = matmul
 
 
-def opened(name: str, ctx: Any) -> Extractor:
-    """The extractor of a name in EXTRACTORS, with the weights that the context finds; opened once per process."""
-    if name == "embedded":
-        return embedded(str(ctx.device))
-    if name not in EXTRACTORS:
-        raise UsageError(f"extractor {name!r} is not one of {', '.join(EXTRACTORS)}")
-    return inception(ctx.weights(INCEPTION), name.partition("-")[2], str(ctx.device))
+# -- names
 
 
 def manifests(name: str) -> tuple[str, ...]:
-    """The weights manifests that opening an extractor will ask for."""
-    return (INCEPTION,) if name.startswith("inception") else ()
+    """The weights manifests that an extractor's name asks for."""
+    name = name.partition("/")[0]
+    if name == "embedded":
+        return ()
+    return (INCEPTION,) if name in EXTRACTORS else (name,)
 
 
-_recent: list[tuple[Any, Any, np.ndarray]] = []
+def opened(name: str, ctx: Any) -> Extractor:
+    """The extractor of a name, with the weights that the context finds; opened once per process.
+
+    Raises UsageError for a name that is neither in EXTRACTORS nor a manifest's, Error for weights that do not fit.
+    """
+    base, slash, output = name.partition("/")
+    device = str(ctx.device)
+    if base == "embedded":
+        network = embedded(device)
+    elif base in EXTRACTORS:
+        network = inception(ctx.weights(INCEPTION), base.partition("-")[2], device)
+    else:
+        network = from_table(base, json.dumps(ctx.extractor(base), sort_keys=True), ctx.weights(base), device)
+    return Output(network, output) if slash else network
+
+
+class _Batch:
+    """What was made of one batch of media: resized parts by preparation, outputs by extractor."""
+
+    def __init__(self, images: Any, key: Any):
+        self.reference, self.key = weakref.ref(images), key
+        self.prepared: dict[Any, Any] = {}
+        self.found: dict[str, Mapping[str, np.ndarray]] = {}
+
+
+_batches: list[_Batch] = []
 
 
 def features(name: str, images: Any, ctx: Any, mode: str = "round", value_range: tuple[float, float] = (-1.0, 1.0)):
-    """float32 [B, d] of one batch of media, quantised first; metrics that ask for the same batch share one pass."""
-    key = (name, str(ctx.device), mode, value_range, _contents(images))
-    for reference, known, found in _recent:
-        if reference() is images and known == key:
-            return found
-    pictures = quantise(images, mode, value_range)
-    if mode == "none" and value_range != (-1.0, 1.0) and pictures.is_floating_point():
-        low, high = value_range
-        pictures = (pictures - low) * (2.0 / (high - low)) - 1.0
-    found = opened(name, ctx)(pictures)
-    _recent.append((weakref.ref(images), key, found))
-    del _recent[:-4]  # original and reconstruction, for two extractors
-    return found
+    """float32 [B, d] of one batch of media, quantised first.
+
+    Metrics that ask for the same batch share one pass of each network, whichever of its outputs they take, and
+    networks of one input size share the resized pictures.
+    """
+    base, _, output = name.partition("/")
+    batch = _batch_of(images, (str(ctx.device), mode, value_range))
+    if base not in batch.found:
+        pictures = quantise(images, mode, value_range)
+        if mode == "none" and value_range != (-1.0, 1.0) and pictures.is_floating_point():
+            low, high = value_range
+            pictures = (pictures - low) * (2.0 / (high - low)) - 1.0
+        extractor = opened(base, ctx)
+        whole = isinstance(extractor, Network)  # an extractor of another make has its features alone
+        batch.found[base] = extractor.outputs(pictures, batch.prepared) if whole else {"": extractor(pictures)}
+    if output not in batch.found[base]:
+        raise UsageError(f"extractor {base} has no output {output!r}")
+    return batch.found[base][output]
+
+
+def _batch_of(images: Any, key: Any) -> _Batch:
+    key = (*key, _contents(images))
+    _batches[:] = [b for b in _batches if b.reference() is not None]
+    for batch in _batches:
+        if batch.reference() is images and batch.key == key:
+            return batch
+    _batches.append(_Batch(images, key))
+    del _batches[:-2]  # an original and its reconstruction
+    return _batches[-1]
 
 
 def _contents(images: Any) -> Any:
     """Changes when a tensor is written to; for what does not count its writes, never the same twice."""
     counted = hasattr(images, "is_inference") and not images.is_inference()
     return images._version if counted else object()
+
+
+# -- opening
 
 
 @cache
@@ -121,39 +262,86 @@ def embedded(device: str = "cpu") -> Network:
     fingerprint = f"{network.NAME}@{file_digest(network.path())[:8]}"
     forward = network.load(device)
 
-    def checked(levels: Any) -> Any:
+    def checked(levels: Any) -> Mapping[str, Any]:
         if min(levels.shape[-2:]) < 64:
             raise Error(f"{network.NAME} needs pictures of at least 64 px, not {list(levels.shape[-2:])}")
-        return forward(levels)
+        return {"": forward(levels)}
 
-    return Network("embedded", fingerprint, network.DIM, checked, device)
+    return Network("embedded", fingerprint, {"": network.DIM}, checked, device)
 
 
 @cache
 def inception(weights: Path, resize: str = "clean", device: str = "cpu") -> Network:
-    """Inception of the FID papers, 2048 features after the last mean, with one of three ways to 299 x 299 px.
+    """Inception of the FID papers, 2048 features after the last mean, with one of four ways to 299 x 299 px.
 
-    `clean`: antialiased bicubic in float (clean-fid); `tf1`: bilinear as TensorFlow 1 did it (torch-fidelity);
-    `pytorch`: torch's bilinear without antialiasing (pytorch-fid). `weights` is the state dict of pytorch-fid, which
-    holds tensors alone. The TorchScript file that others use carries code that runs on loading, so it is not read.
+    `clean` (clean-fid), `tf1` (torch-fidelity), `pytorch` (pytorch-fid), `tm` (torchmetrics): see bench.metrics.
+    resizes. Its output "logits" are 1008 class logits without bias, as torch-fidelity's Inception score takes them.
+    `weights` is the state dict of pytorch-fid, which holds tensors alone; the TorchScript file that others use carries
+    code that runs on loading, so it is not read.
     """
     from bench.identity import file_digest
+    from bench.metrics import networks
 
-    if resize not in RESIZES:
-        raise UsageError(f"resize {resize!r} is not one of {', '.join(RESIZES)}")
+    if resize not in INCEPTION_RESIZES:
+        raise UsageError(f"resize {resize!r} is not one of {', '.join(INCEPTION_RESIZES)}")
     path = Path(weights)
     if not path.is_file():
         raise Error(f"the weights of Inception are missing: {path}", hint=f"bench data fetch weights/{INCEPTION}")
-    layers = folded(read_state(path), path, device)
+    state = read_state(path)
+    network = networks.inception(state, path, device)
 
-    def forward(levels: Any) -> Any:
-        if resize == "clean":
-            return inception_features(layers, (resize_clean(levels, 299) - 128.0) / 128.0)
-        if resize == "tf1":
-            return inception_features(layers, (resize_tf1(levels, 299) - 128.0) / 128.0)
-        return inception_features(layers, resize_pytorch(levels, 299) / 127.5 - 1.0)
+    def forward(levels: Any) -> Mapping[str, Any]:
+        return network(levels / 127.5 - 1.0 if resize == "pytorch" else (levels - 128.0) / 128.0)
 
-    return Network(f"inception-{resize}", f"inception-2015-12-05@{file_digest(path)[:8]}", 2048, forward, device)
+    dims = {"": 2048, **({"logits": len(state["fc.weight"])} if "fc.weight" in state else {})}
+    fingerprint = f"inception-2015-12-05@{file_digest(path)[:8]}"
+    return Network(f"inception-{resize}", fingerprint, dims, forward, device, Preparation(resize, 299))
+
+
+@cache
+def from_table(name: str, table: str, weights: Path, device: str = "cpu") -> Network:
+    """The extractor that a table `[extractor]` (as JSON) describes, with the weights in a file.
+
+    Its fingerprint holds eight hex digits of the file and of the table. `dtype = "bfloat16"` is marked in it: such
+    features may differ by more than what is claimed (`bfloat16_gate`).
+    """
+    from bench.identity import digest, file_digest
+    from bench.metrics import networks
+
+    fields = json.loads(table)
+    dtype = fields.get("dtype", "float32")
+    if dtype not in DTYPES:
+        raise UsageError(f"weights {name}: dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    mean, std = fields.get("mean", [0.5] * 3), fields.get("std", [0.5] * 3)
+    numbers = all(isinstance(v, int | float) for v in (*mean, *std))
+    if not numbers or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise UsageError(f"weights {name}: mean and std need three numbers each, std above 0")
+    preparation = Preparation(fields.get("resize", "clean"), fields["size"], fields.get("crop", "none"))
+    if preparation.resize not in RESIZES or preparation.crop not in CROPS:
+        known = f"resize: {', '.join(RESIZES)}; crop: {', '.join(CROPS)}"
+        raise UsageError(f"weights {name}: resize or crop is not known", hint=known)
+    network = networks.opened(fields, read_state(weights), f"weights {name}", device)
+    dims = {"": fields["dim"], **({"logits": fields["classes"]} if "classes" in fields else {})}
+    fingerprint = f"{name}@{file_digest(weights)[:8]}-{digest(fields)[:8]}{'-bf16' * (dtype == 'bfloat16')}"
+    axes = 5 if fields["network"] == "i3d" else 4
+    return Network(name, fingerprint, dims, _normalised(network, mean, std, device, dtype), device, preparation, axes)
+
+
+def _normalised(network: Any, mean: Any, std: Any, device: str, dtype: str) -> Callable[[Any], Mapping[str, Any]]:
+    """From levels 0..255 to what a network was trained on; bfloat16 by autocast, its norms staying float32."""
+    import torch
+
+    def column(levels: Any, values: Any) -> Any:
+        return torch.tensor(values, device=device).mul(255.0).reshape(1, 3, *[1] * (levels.dim() - 2))
+
+    def forward(levels: Any) -> Mapping[str, Any]:
+        x = (levels - column(levels, mean)) / column(levels, std)
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            return network(x)
+
+    return forward
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -161,147 +349,3 @@ def read_state(path: Path) -> dict[str, Any]:
     from bench.weights import load_weights
 
     return load_weights(path, pickle="allow")  # of a file whose SHA-256 a manifest holds
-
-
-def resize_pytorch(images: Any, size: int) -> Any:
-    """float32 [B, 3, size, size]: torch's bilinear, half-pixel centres, no antialiasing."""
-    import torch
-
-    return torch.nn.functional.interpolate(images, (size, size), mode="bilinear", align_corners=False)
-
-
-def resize_tf1(images: Any, size: int) -> Any:
-    """float32 [B, 3, size, size]: TensorFlow 1's bilinear, which samples at i * in / out without half-pixel centres."""
-    import torch
-
-    def sample(x: Any, axis: int) -> Any:
-        count = x.shape[axis]
-        place = torch.arange(size, dtype=torch.float32, device=x.device) * (count / size)
-        low = place.floor().long()
-        share = (place - low).reshape([-1 if i == axis % x.dim() else 1 for i in range(x.dim())])
-        first, second = x.index_select(axis, low), x.index_select(axis, (low + 1).clamp(max=count - 1))
-        return first + (second - first) * share
-
-    return sample(sample(images, -1), -2)
-
-
-def resize_clean(images: Any, size: int) -> Any:
-    """float32 [B, 3, size, size] in 0..255: PIL's antialiased bicubic on float channels, clipped, as clean-fid does."""
-    import torch
-
-    height, width = images.shape[-2:]
-    across = torch.from_numpy(_bicubic(width, size)).to(images.device)
-    down = torch.from_numpy(_bicubic(height, size)).to(images.device)
-    return (down @ (images @ across.T)).clamp(0.0, 255.0)
-
-
-@cache
-def _bicubic(count: int, size: int) -> np.ndarray:
-    """float32 [size, count]: what each output sample takes of each input sample (PIL's Resample.c; a = -0.5)."""
-    scale = count / size
-    stretch = max(scale, 1.0)
-    matrix = np.zeros((size, count))
-    for i in range(size):
-        centre = (i + 0.5) * scale
-        first = max(int(centre - 2.0 * stretch + 0.5), 0)
-        last = min(int(centre + 2.0 * stretch + 0.5), count)
-        x = np.abs((np.arange(first, last) - centre + 0.5) / stretch)
-        near, far = (1.5 * x - 2.5) * x * x + 1.0, ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
-        weights = np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
-        matrix[i, first:last] = weights / weights.sum()
-    return matrix.astype(np.float32)
-
-
-def folded(state: Mapping[str, Any], path: Path, device: str = "cpu") -> dict[str, tuple[Any, Any]]:
-    """(weight, bias) of each convolution, its batch normalisation folded in in float64 (eps 0.001)."""
-    layers = {}
-    for key in state:
-        if not key.endswith(".conv.weight"):
-            continue
-        name = key.removesuffix(".conv.weight")
-        try:
-            weight, bias, mean, variance = (
-                state[f"{name}.{part}"].double()
-                for part in ("bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
-            )
-        except KeyError as e:
-            raise Error(f"{path} is not a state dict of Inception: it lacks {e}") from None
-        scale = weight / (variance + 1e-3).sqrt()
-        kernel = state[key].double() * scale.reshape(-1, 1, 1, 1)
-        layers[name] = (kernel.float().to(device), (bias - mean * scale).float().to(device))
-    if not {"Conv2d_1a_3x3", "Mixed_7c.branch_pool"} <= set(layers):
-        raise Error(
-            f"{path} is not a state dict of Inception in pytorch-fid's layout",
-            hint=f"bench data fetch weights/{INCEPTION}",
-        )
-    return layers
-
-
-def inception_features(layers: Mapping[str, tuple[Any, Any]], x: Any) -> Any:
-    """float32 [B, 2048] of pictures [B, 3, 299, 299] in [-1, 1].
-
-    Inception v3 (Szegedy et al. 2015, arXiv 1512.00567) as TensorFlow released it on 2015-12-05: means leave the
-    padding out, and the last block pools by maximum.
-    """
-    import torch
-    from torch.nn.functional import avg_pool2d, conv2d, max_pool2d
-
-    def conv(x: Any, name: str, stride: int = 1, same: bool = True) -> Any:
-        weight, bias = layers[name]
-        padding = (weight.shape[2] // 2, weight.shape[3] // 2) if same else 0
-        return conv2d(x, weight, bias, stride, padding).relu_()
-
-    def chain(x: Any, block: str, *names: str) -> Any:
-        for name in names:
-            x = conv(x, f"{block}.{name}")
-        return x
-
-    def mean3(x: Any) -> Any:
-        return avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-
-    def wide(x: Any, block: str) -> Any:  # 35 x 35
-        return torch.cat(
-            [
-                chain(x, block, "branch1x1"),
-                chain(x, block, "branch5x5_1", "branch5x5_2"),
-                chain(x, block, "branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"),
-                chain(mean3(x), block, "branch_pool"),
-            ],
-            1,
-        )
-
-    def factored(x: Any, block: str) -> Any:  # 17 x 17
-        return torch.cat(
-            [
-                chain(x, block, "branch1x1"),
-                chain(x, block, "branch7x7_1", "branch7x7_2", "branch7x7_3"),
-                chain(x, block, *(f"branch7x7dbl_{i}" for i in range(1, 6))),
-                chain(mean3(x), block, "branch_pool"),
-            ],
-            1,
-        )
-
-    def split(x: Any, block: str, pooled: Any) -> Any:  # 8 x 8
-        three = chain(x, block, "branch3x3_1")
-        double = chain(x, block, "branch3x3dbl_1", "branch3x3dbl_2")
-        ends = [conv(three, f"{block}.branch3x3_2{end}") for end in "ab"]
-        ends += [conv(double, f"{block}.branch3x3dbl_3{end}") for end in "ab"]
-        return torch.cat([chain(x, block, "branch1x1"), *ends, chain(pooled, block, "branch_pool")], 1)
-
-    x = conv(x, "Conv2d_1a_3x3", stride=2, same=False)
-    x = conv(conv(x, "Conv2d_2a_3x3", same=False), "Conv2d_2b_3x3")
-    x = conv(max_pool2d(x, 3, 2), "Conv2d_3b_1x1")
-    x = max_pool2d(conv(x, "Conv2d_4a_3x3", same=False), 3, 2)
-    for block in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
-        x = wide(x, block)
-    narrow = chain(x, "Mixed_6a", "branch3x3dbl_1", "branch3x3dbl_2")
-    parts = [conv(x, "Mixed_6a.branch3x3", 2, False), conv(narrow, "Mixed_6a.branch3x3dbl_3", 2, False)]
-    x = torch.cat([*parts, max_pool2d(x, 3, 2)], 1)
-    for block in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
-        x = factored(x, block)
-    three = conv(chain(x, "Mixed_7a", "branch3x3_1"), "Mixed_7a.branch3x3_2", 2, False)
-    seven = chain(x, "Mixed_7a", "branch7x7x3_1", "branch7x7x3_2", "branch7x7x3_3")
-    x = torch.cat([three, conv(seven, "Mixed_7a.branch7x7x3_4", 2, False), max_pool2d(x, 3, 2)], 1)
-    x = split(x, "Mixed_7b", mean3(x))
-    x = split(x, "Mixed_7c", max_pool2d(x, 3, 1, 1))
-    return x.mean((2, 3))

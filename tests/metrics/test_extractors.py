@@ -4,42 +4,14 @@ import torch
 from safetensors.torch import save_file
 
 from bench.metrics import extractors
-from bench.metrics.extractors import full_precision, inception, resize_clean, resize_pytorch, resize_tf1
+from bench.metrics.extractors import full_precision, inception
 from bench.metrics.frechet import Frechet, PairwiseFeatureDistance, frechet_from_features
 from bench.types import Error, Table, UsageError
-
-SIZES = [(64, 80), (256, 256), (400, 320), (299, 299)]
 
 
 def pictures(height, width, batch=2, seed=0):
     g = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (batch, 3, height, width), generator=g, dtype=torch.uint8)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_clean_resize_equals_clean_fid(size):
-    from cleanfid.resize import build_resizer
-
-    x = pictures(*size)
-    theirs = build_resizer("clean")
-    expected = np.stack([theirs(one.permute(1, 2, 0).numpy()).transpose(2, 0, 1) for one in x])
-    np.testing.assert_allclose(resize_clean(x.float(), 299).numpy(), expected, atol=2e-4)  # levels of 255
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_tf1_resize_equals_torch_fidelity(size):
-    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
-
-    x = pictures(*size).float()
-    expected = interpolate_bilinear_2d_like_tensorflow1x(x, (299, 299), align_corners=False)
-    torch.testing.assert_close(resize_tf1(x, 299), expected, atol=1e-4, rtol=0)
-
-
-def test_pytorch_resize_by_hand():
-    x = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(1, 3, 4, 4)
-    assert resize_pytorch(x, 2)[0, 0, 0].tolist() == [0.5, 2.5]
-    up = resize_pytorch(x, 8)[0, 0, 0]
-    torch.testing.assert_close(up, torch.tensor([0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3.0]))
 
 
 @pytest.fixture(scope="module")
@@ -64,28 +36,106 @@ def weights(tmp_path_factory):
     return folder
 
 
-def test_graph_equals_torch_fidelity(weights):
+def test_features_and_logits_equal_torch_fidelity(weights):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    theirs = FeatureExtractorInceptionV3(
-        "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights / "inception.pth")
-    )
+    path = str(weights / "inception.pth")
+    outputs = ["2048", "logits_unbiased"]
+    theirs = FeatureExtractorInceptionV3("inception-v3-compat", outputs, feature_extractor_weights_path=path)
     x = pictures(120, 150)
     with torch.no_grad():
+        expected = [found.numpy() for found in theirs(x)]
+    network = inception(weights / "inception.safetensors", "tf1")
+    ours = network.outputs(x)
+    for name, dim, reference in (("", 2048, expected[0]), ("logits", 1008, expected[1])):
+        assert ours[name].shape == (2, dim) and ours[name].dtype == np.float32
+        assert reference.std() > 1e-3  # else equality would mean nothing
+        # theirs resizes with other rounding; from the same 299 px the graphs differ by less than 1e-6
+        np.testing.assert_allclose(ours[name], reference, atol=1e-5 * np.abs(reference).max())
+
+
+def test_graph_equals_torch_fidelity_at_its_own_size(weights):
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    path = str(weights / "inception.pth")
+    theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)
+    x = pictures(299, 299)
+    with torch.no_grad():
         expected = theirs(x)[0].numpy()
-    ours = inception(weights / "inception.safetensors", "tf1")(x)
-    assert ours.shape == (2, 2048) and ours.dtype == np.float32
-    assert expected.std() > 1e-3  # else equality would mean nothing
-    np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
+    for resize in ("tf1", "clean", "tm"):  # nothing to resize
+        ours = inception(weights / "inception.safetensors", resize)(x)
+        assert np.linalg.norm(ours - expected) / np.linalg.norm(expected) < 1e-6
 
 
 def test_resize_is_part_of_the_extractor(weights):
     path = weights / "inception.safetensors"
     x = pictures(100, 100)
-    found = {resize: inception(path, resize)(x) for resize in extractors.RESIZES}
-    assert not np.allclose(found["clean"], found["tf1"], rtol=1e-3)
-    assert not np.allclose(found["pytorch"], found["tf1"], rtol=1e-3)
+    found = {resize: inception(path, resize)(x) for resize in extractors.INCEPTION_RESIZES}
+    for resize in ("clean", "pytorch", "tm"):
+        assert not np.allclose(found[resize], found["tf1"], rtol=1e-3)
     assert inception(path, "tf1").fingerprint.startswith("inception-2015-12-05@")
+
+
+class InceptionContext:
+    device = torch.device("cpu")
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def weights(self, name):
+        assert name == extractors.INCEPTION
+        return self.folder / "inception.safetensors"
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """The number of pictures in each pass of the Inception graph, and the resizes made."""
+    from bench.metrics import networks
+
+    seen = {"passes": [], "resizes": []}
+    graph, resize = networks.inception_features, extractors.resized
+
+    def counting_graph(layers, x):
+        seen["passes"].append(len(x))
+        return graph(layers, x)
+
+    def counting_resize(images, how, size, crop):
+        seen["resizes"].append(how)
+        return resize(images, how, size, crop)
+
+    monkeypatch.setattr(networks, "inception_features", counting_graph)
+    monkeypatch.setattr(extractors, "resized", counting_resize)
+    extractors.inception.cache_clear()
+    yield seen
+    extractors.inception.cache_clear()
+
+
+def test_one_pass_gives_features_and_logits(weights, forwards):
+    ctx, x = InceptionContext(weights), pictures(32, 32, 3)
+    logits = extractors.features("inception-tf1/logits", x, ctx)
+    pooled = extractors.features("inception-tf1", x, ctx)
+    assert extractors.features("inception-tf1/logits", x, ctx) is logits
+    assert (pooled.shape, logits.shape) == ((3, 2048), (3, 1008))
+    assert forwards == {"passes": [8], "resizes": ["tf1"]}
+    output = extractors.opened("inception-tf1/logits", ctx)
+    assert (output.name, output.dim) == ("inception-tf1/logits", 1008)
+    assert output.fingerprint == extractors.opened("inception-tf1", ctx).fingerprint
+    extractors.features("inception-clean", x, ctx)
+    assert forwards["resizes"] == ["tf1", "clean"] and len(forwards["passes"]) == 2
+    with pytest.raises(UsageError, match="no output 'probabilities'"):
+        extractors.opened("inception-tf1/probabilities", ctx)
+    with pytest.raises(UsageError, match="no output 'probabilities'"):
+        extractors.features("inception-tf1/probabilities", x, ctx)
+
+
+def test_features_do_not_depend_on_the_tail(weights):
+    """Batches have one size, the last one filled up: a picture's features are the same bits in any company."""
+    network = inception(weights / "inception.safetensors", "tf1")
+    x = pictures(32, 32, 9)
+    whole = network(x)
+    assert whole.shape == (9, 2048)
+    assert np.array_equal(network(x[8:]), whole[8:])
+    assert network(x[:0]).shape == (0, 2048)
 
 
 def test_torch_file_and_safetensors_agree(tmp_path):
@@ -106,8 +156,9 @@ def test_missing_and_foreign_weights_are_named(tmp_path):
         inception(tmp_path / "other.safetensors")
     with pytest.raises(UsageError, match="nearest"):
         inception(tmp_path / "other.safetensors", "nearest")
-    with pytest.raises(UsageError, match="vit"):
+    with pytest.raises(UsageError, match="no feature network is called 'vit'") as caught:
         extractors.opened("vit", Context())
+    assert "embedded, inception-RESIZE" in caught.value.hint
 
 
 def test_precision_flags_are_put_back():
@@ -120,6 +171,11 @@ def test_precision_flags_are_put_back():
 
 class Context:
     device = torch.device("cpu")
+
+    def extractor(self, name):
+        from bench.manifest import extractor_table
+
+        return extractor_table(name)
 
 
 @pytest.fixture
