@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
@@ -60,6 +61,20 @@ class ClassToImage(Protocol):
 
     def generate_classes(self, labels: Sequence[int], seeds: Sequence[int]) -> Tensor:
         """float32 [B, 3, H, W] in [0, 1], not rounded; image i depends on labels[i] and seeds[i] alone."""
+
+
+@runtime_checkable
+class PictureSet(Protocol):
+    """Pictures that are there already, whatever made them.
+
+    May also have `formats(names)`, a list of what each is stored as ("PNG", "JPEG"), where that is known.
+    """
+
+    def names(self) -> Sequence[str]:
+        """One for each picture, always in the same order. Opening and listing is cheap: nothing is decoded."""
+
+    def pictures(self, names: Sequence[str]) -> list[np.ndarray]:
+        """uint8 [H, W, 3] each; sizes may differ."""
 
 
 @runtime_checkable
@@ -142,6 +157,7 @@ class VQAModel(Protocol):
 CAPABILITIES: tuple[type, ...] = (
     TextToImage,
     ClassToImage,
+    PictureSet,
     Autoencoder,
     VideoAutoencoder,
     DenoiserAccess,

@@ -49,6 +49,8 @@ def check(model: Any, *, size: int = 64, seed: int = 0, device: str | None = Non
     if not names:
         report.add("capabilities", "fail", f"none; known: {', '.join(c.__name__ for c in CAPABILITIES)}")
     before = _global_state()
+    if "PictureSet" in names:  # what is there already can be looked up, not asked for
+        names = tuple(name for name in names if name != "TextToImage")
     for name in names:
         report.about = name
         report.call("conformance", TESTS[name], model, report)
@@ -211,6 +213,23 @@ def _kept(report: Report, name: str, kept: Tensor, copy: Tensor) -> None:
 
 def _text_to_image(model: Any, report: Report) -> None:
     _generator(model, report, model.generate, "prompts", PROMPTS)
+
+
+def _picture_set(model: Any, report: Report) -> None:
+    """Names that stay, and the same pictures whoever asks for them in whatever order."""
+    names = list(model.names())
+    good = bool(names) and all(isinstance(n, str) for n in names) and len(set(names)) == len(names)
+    if not report.judge("names", good, "want texts, each once, at least one", fine=f"{len(names)}"):
+        return
+    report.judge("names stay", list(model.names()) == names, "a second call gives others, or another order")
+    first = model.pictures(names[:2])
+    good = len(first) == len(names[:2]) and all(
+        isinstance(p, np.ndarray) and p.dtype == np.uint8 and p.ndim == 3 and p.shape[2] == 3 and p.size for p in first
+    )
+    if report.judge("pictures", good, f"{[_form(p) for p in first]} instead of uint8 [H, W, 3] arrays"):
+        again = model.pictures(names[:2][::-1])[::-1]
+        same = all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+        report.judge("same pictures in another order", same, "a picture depends on what is asked for beside it")
 
 
 def _class_to_image(model: Any, report: Report) -> None:
@@ -547,6 +566,7 @@ def _global_state() -> tuple[Any, ...]:
 TESTS: dict[str, Callable[[Any, Report], None]] = {
     "TextToImage": _text_to_image,
     "ClassToImage": _class_to_image,
+    "PictureSet": _picture_set,
     "Autoencoder": _autoencoder,
     "VideoAutoencoder": _video_autoencoder,
     "DenoiserAccess": _denoiser_access,

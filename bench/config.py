@@ -262,10 +262,14 @@ def markers(cls: type, marker: type) -> list[str]:
     return [name for name, kind in field_types(cls).items() if _is(kind, marker)]
 
 
+def data_fields(cls: type) -> list[str]:
+    """The fields that name manifests: those of type Data, or a text field called `data`."""
+    return markers(cls, Data) or [name for name in field_types(cls) if name == "data"]
+
+
 def data_field(cls: type) -> str | None:
-    """The field that names the manifest whose items become units: of type Data, or a text field called `data`."""
-    named = markers(cls, Data)
-    return named[0] if named else ("data" if "data" in field_types(cls) else None)
+    """The first of them."""
+    return next(iter(data_fields(cls)), None)
 
 
 def _is(kind: Any, marker: type) -> bool:

@@ -8,19 +8,20 @@ import math
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from bench import door, registry
-from bench.config import Arguments, How, bind, data_field, markers
+from bench.capabilities import PictureSet
+from bench.config import Arguments, How, bind, data_field, data_fields, markers
 from bench.engine import LocalEngine, Measure
 from bench.identity import digest, fingerprint
 from bench.store import Run, Store, dump_scores, run_id
 from bench.suite import Suite
 from bench.types import Error, Json, Model, Record, Score, Unit, UsageError, Weights
-from bench.worker import Work, parse_model, require, utc
+from bench.worker import GENERATED, Work, open_model, parse_model, require, utc
 
 SAMPLE = 64  # items whose media a sample keeps
 KEEP_ALL_BELOW = 2_000  # items
@@ -49,7 +50,8 @@ class Plan:
     model: Any  # name or path.py:Name, or a live object
     arguments: Arguments
     label: str  # what the model is called on boards
-    manifest: Any
+    manifest: Any  # of the first field of type Data
+    others: Mapping[str, Any]  # those of further fields
     units: tuple[Unit, ...]
     spec: Mapping[str, Json]
     meta: Mapping[str, Json]
@@ -67,7 +69,8 @@ def prepare(
     limit: int | None = None,
     strict: bool = False,
 ) -> Plan:
-    """Resolves names, takes fingerprints, lists units. Loads neither torch nor the model.
+    """Resolves names, takes fingerprints, lists units. Loads neither torch nor the model, but for the names of a
+    PictureSet.
 
     Raises Error for a missing capability, manifest or weights file.
     """
@@ -82,21 +85,27 @@ def prepare(
     else:
         require(suite, model, type(model).__name__)
     arguments = arguments or Arguments()
-    name = data_field(type(suite))
-    manifest = None
+    made = ()
+    if PictureSet in suite.requires:
+        opened = open_model(model, arguments.what, arguments.how, "cpu") if named else model
+        made = (_first_by_hash(opened.names(), limit),)
+    manifests: dict[str, Any] = {}
     with store.digests() as digests:
         if strict:
             digests.entries.clear()
-        if name:
+        for name in data_fields(type(suite)):
             from bench.manifest import load
 
-            manifest = load(getattr(suite, name), digests=digests)
+            manifests[name] = load(getattr(suite, name), digests=digests)
             if limit is not None:
-                manifest = manifest.subset(limit)
+                manifests[name] = manifests[name].subset(limit)
         model_args = {k: _identified(v, k in arguments.weights, digests) for k, v in arguments.what.items()}
-        suite_fields = _suite_fields(suite, name, manifest, digests)
-    units = tuple(suite.units(manifest))
-    if manifest is None and limit is not None:
+        suite_fields = _suite_fields(suite, manifests, digests)
+    manifest, others = next(iter(manifests.values()), None), dict(list(manifests.items())[1:])
+    if manifest is not None:
+        _check_prefixes(manifest, [*others, *[GENERATED][: len(made)]])
+    units = tuple(suite.units(manifest, *others.values(), *made))
+    if manifest is None and not made and limit is not None:
         units = _first(units, limit)
     _check_units(units, suite.name)
     label = model_label(model, arguments) if named else str(identity.get("name", type(model).__name__))
@@ -117,9 +126,10 @@ def prepare(
         arguments,
         label,
         manifest,
+        others,
         units,
         spec,
-        _meta(suite, label, manifest, units),
+        _meta(suite, label, list(manifests.values()), units),
     )
 
 
@@ -270,6 +280,7 @@ def derive(run: Run, suite: Suite) -> list[Score]:
     while True:
         seen = run.sizes()
         table = run.table()
+        _check_items(run, table)
         found = suite.score(table)
         for metric in later_metrics(run):
             found += [s for name, part in suite._parts(table) for s in suite._reduce(metric, name, part)]
@@ -282,6 +293,25 @@ def derive(run: Run, suite: Suite) -> list[Score]:
             door.replace(run.path / "artifacts" / name, data)
         if run.sizes() == seen:
             return found
+
+
+def _check_items(run: Run, table: Any) -> None:
+    """Raises Error where the shards together hold an item twice, or one that was never planned."""
+    expected = run.meta.get("items_digest")
+    if expected is None or len(table) < table.expected:
+        return  # begun by an earlier version, or not finished
+    if _set_digest(row["item"] for row in table.rows) != expected:
+        raise Error(
+            f"{run.id} holds {len(table):,} rows that are not the {table.expected:,} items planned",
+            hint="some stand twice or come from elsewhere: --fresh measures again",
+        )
+
+
+def _set_digest(ids: Iterable[str]) -> str:
+    """Of a set of items in any order, repeats counted."""
+    from bench.metrics.frechet import digest_of
+
+    return f"{digest_of(ids):032x}"
 
 
 def _finite(score: Score) -> Score:
@@ -348,15 +378,34 @@ def _identified(value: Any, is_weights: bool, digests: Any) -> Json:
     return value
 
 
-def _suite_fields(suite: Suite, data: str | None, manifest: Any, digests: Any) -> dict[str, Json]:
+def _first_by_hash(names: Sequence[str], limit: int | None) -> list[str]:
+    """The names of a PictureSet; with a limit those that come first by their hashes, as `Manifest.subset` chooses."""
+    names = list(names)
+    if limit is None or limit >= len(names):
+        return names
+    if limit < 1:
+        raise UsageError(f"limit is {limit}; it must be 1 or more")
+    chosen = set(sorted(names, key=lambda name: digest(["subset", name]))[:limit])
+    return [name for name in names if name in chosen]
+
+
+def _check_prefixes(manifest: Any, prefixes: Sequence[str]) -> None:
+    """Raises Error for an item that reads as one of another source."""
+    for id in manifest.ids() if prefixes else ():
+        if id.partition(":")[0] in prefixes and ":" in id:
+            raise Error(f"data {manifest.name}: item {id!r} reads as one of {id.partition(':')[0]}", hint="rename it")
+
+
+def _suite_fields(suite: Suite, manifests: Mapping[str, Any], digests: Any) -> dict[str, Json]:
     """The suite's parameters as they enter the specification: files and models by fingerprint, data by digest."""
     cls = type(suite)
     files = {*markers(cls, Weights), *markers(cls, Path)}
     found: dict[str, Json] = {}
     for f in fields(suite):
         value = getattr(suite, f.name)
-        if f.name == data:
-            found[f.name] = manifest.name
+        if f.name in manifests:
+            manifest, first = manifests[f.name], next(iter(manifests))
+            found[f.name] = manifest.name if f.name == first else [manifest.name, manifest.digest]
         elif f.name in files and value:
             found[f.name] = _identified(str(value), True, digests)
         elif f.name in markers(cls, Model) and value:
@@ -368,8 +417,8 @@ def _suite_fields(suite: Suite, data: str | None, manifest: Any, digests: Any) -
     return found
 
 
-def _meta(suite: Suite, label: str, manifest: Any, units: Sequence[Unit]) -> dict[str, Json]:
-    meta: dict[str, Json] = {
+def _meta(suite: Suite, label: str, manifests: Sequence[Any], units: Sequence[Unit]) -> dict[str, Json]:
+    return {
         "model": label,
         "suite_ref": suite.name,
         "suite_fields": {
@@ -380,12 +429,10 @@ def _meta(suite: Suite, label: str, manifest: Any, units: Sequence[Unit]) -> dic
         },
         "units": len(units),
         "items": sum(len(u.items) for u in units),
-        "sensitive": suite.sensitive or bool(manifest is not None and manifest.sensitive),
-        "redistribute": manifest is None or bool(manifest.redistribute),
-        "manifests": [],
-    }
-    if manifest is not None:
-        meta["manifests"] = [
+        "items_digest": _set_digest(i for u in units for i in u.items),
+        "sensitive": suite.sensitive or any(bool(m.sensitive) for m in manifests),
+        "redistribute": all(bool(m.redistribute) for m in manifests),
+        "manifests": [
             {
                 "name": manifest.name,
                 "digest": manifest.digest,
@@ -395,8 +442,9 @@ def _meta(suite: Suite, label: str, manifest: Any, units: Sequence[Unit]) -> dic
                 "items": len(manifest.ids()),
                 "clusters": manifest.num_clusters(),
             }
-        ]
-    return meta
+            for manifest in manifests
+        ],
+    }
 
 
 def _provenance() -> dict[str, Json]:
@@ -449,9 +497,10 @@ def _foreign(plan: Plan) -> bool:
 def _preflight(plan: Plan, store: Store) -> None:
     """What can fail is tried first: files of the manifest, room and access in the store."""
 
-    if plan.manifest is not None:
-        with store.digests() as plan.manifest.digests:
-            plan.manifest.check()
+    for manifest in (plan.manifest, *plan.others.values()):
+        if manifest is not None:
+            with store.digests() as manifest.digests:
+                manifest.check()
     door.make_folder(store.root / "runs")
     free = shutil.disk_usage(store.root).free
     if free < FREE_BYTES:

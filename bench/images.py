@@ -210,3 +210,30 @@ RESIZES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "tensor-bilinear": tensor,
     "none": none,
 }
+
+
+def files(folder: Path) -> list[str]:
+    """The pictures below a folder by relative name, sorted; hidden names and files of other kinds are passed over."""
+    found = []
+    for place, inside, names in os.walk(folder):
+        inside[:] = [d for d in inside if not d.startswith(".")]
+        found += [Path(place, n) for n in names if not n.startswith(".") and n.lower().endswith(SUFFIXES)]
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def format_of(path: str | Path) -> str:
+    """What a picture file is stored as, by its content: "PNG", "JPEG", ...; "MPO", a JPEG with others, is "JPEG".
+
+    Raises Error where it is no picture. Nothing is decoded.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with _HEADER, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes; `read` has a limit of its own
+            with Image.open(path, formats=FORMATS) as image:
+                return "JPEG" if image.format == "MPO" else str(image.format)
+    except (UnidentifiedImageError, Image.DecompressionBombError):
+        raise Error(f"{path} is not a picture that can be read", hint=f"formats: {', '.join(FORMATS)}") from None
+    except _BROKEN as e:
+        raise Error(f"{path} cannot be read: {str(e) or type(e).__name__}", hint="replace the file") from None

@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     import torch
 
 
-def batch_of(manifest: Any, ids: Sequence[str], size: int, resize: str, device: Any) -> torch.Tensor:
-    """float32 [B, 3, size, size] in [-1, 1] on the device; an Error names the item whose picture cannot be read."""
+def batch_of(source: Any, ids: Sequence[str], size: int, resize: str, device: Any) -> torch.Tensor:
+    """float32 [B, 3, size, size] in [-1, 1] on the device; an Error names the item whose picture cannot be read.
+
+    `source.read(id)` gives a picture: a manifest, or the worker.
+    """
     import numpy as np
     import torch
 
@@ -24,7 +27,7 @@ def batch_of(manifest: Any, ids: Sequence[str], size: int, resize: str, device: 
     found = []
     for id in ids:
         try:
-            found.append(RESIZES[resize](manifest.read(id), size))
+            found.append(RESIZES[resize](source.read(id), size))
         except Error as e:
             raise Error(f"item {id}: {e}", hint=e.hint) from None
     x = torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).to(device)

@@ -1,0 +1,1 @@
+"""Two sets of pictures: how near are their distributions?"""
