@@ -24,7 +24,7 @@ HEAVY = {
 }
 CONTRACTS = {f"bench.{name}" for name in ("types", "capabilities", "identity", "suite", "recipe")}
 LEARNT = CONTRACTS | {"bench.stats", "bench.weights", "bench.images"}  # what metrics and adapters may use
-GLUE = ("suite.py", "recipes.py")
+GLUE = ("suite.py", "recipes.py", "recipes_judges.py")
 
 # call -> where it may stand, and why it does not go through bench/door.py
 WRITERS = {
@@ -35,6 +35,7 @@ WRITERS = {
     "bench/weights.py: save_file": "a child process converts into a temporary folder",
     "suites/reconstruction/recipes.py: save_pretrained": "export fills the empty folder of door.replace_folder",
     "suites/reconstruction/recipes.py: save_file": "as above",
+    "suites/generation/recipes_judges.py: save_file": "as above",
 }
 BROAD = {
     "bench/check.py": "a model under test may fail in any way, and that is a finding",
