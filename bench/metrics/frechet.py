@@ -1,24 +1,33 @@
-"""Fréchet distance between feature sets: exact forms, mergeable moments, and for pairs a bias correction with an error.
+"""Fréchet distance between sets of features: exact forms, corrections of its bias, and errors by influence functions.
 
 d^2 = |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^{1/2} (Dowson and Landau 1982; FID: Heusel et al., arXiv 1706.08500).
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.types import Error, Estimate
+from bench.metrics.moments import BLOCK, BlockMoments, Moments, mean_and_covariance, near_mean
+from bench.metrics.sets import SetMetric, Sets, check_pair, describe_network, influence_error
+from bench.metrics.transport import (
+    EPSILON,
+    Influence,
+    Transport,
+    factor_of,
+    gaussian_bias,
+    influence,
+    raw_distance,
+    transport,
+)
+from bench.types import Error, Estimate, UsageError
 
-BLOCK = 1024  # rows per rank-k update: enough for the matrix product to be the cost
 FLOOR = 1e-6  # share of the traces below which a negative distance is rounding
-MODULUS = 1 << 128
-EPSILON = float(np.finfo(np.float64).eps)
+ENOUGH = 4  # rows per dimension that an interval needs: below, errors and corrections are off
+COVARIANCES = ("unbiased", "biased")
 
 
 def frechet_distance(
@@ -38,297 +47,220 @@ def frechet_distance(
     return _floored(*raw_distance(mean1, cov1, mean2, cov2, strict))
 
 
-def raw_distance(
-    mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray, strict: bool = False
-) -> tuple[float, float]:
-    """The distance as computed, rounding below 0 included, and the sum of its positive terms to judge that by."""
-    difference = mean1 - mean2
-    scale = float(difference @ difference + np.trace(cov1) + np.trace(cov2))
-    lower = _cholesky(cov2)
-    if lower is not None and not strict:
-        inner = lower.T @ cov1 @ lower
-        eigenvalues = np.linalg.eigvalsh(inner)
-        if eigenvalues[0] > eigenvalues[-1] * len(eigenvalues) * EPSILON:  # below, a root would magnify rounding
-            return scale - 2.0 * float(np.sqrt(eigenvalues).sum()), scale
-    other = _cholesky(cov1)
-    left = _root(cov2) if lower is None else lower
-    right = _root(cov1) if other is None else other
-    return scale - 2.0 * float(np.linalg.svd(left.T @ right, compute_uv=False).sum()), scale
+def frechet_from_features(a: np.ndarray, b: np.ndarray, strict: bool = False, covariance: str = "unbiased") -> float:
+    """Squared Fréchet distance of two feature sets [n, d] and [m, d], any n, m >= 2.
 
-
-def frechet_from_features(a: np.ndarray, b: np.ndarray, strict: bool = False) -> float:
-    """Squared Fréchet distance of two feature sets [n, d] and [m, d], any n, m >= 2; covariances unbiased.
-
-    A set of at most d rows is its own factor (S = A'A), so the trace is the nuclear norm of A B': exact where S is
-    singular, and without a d x d decomposition. Raises Error naming the fault of the features.
+    `covariance` divides by n - 1 ("unbiased") or by n ("biased", as StyleGAN-V's and cd-fvd's FVD do). Sets of at most
+    d rows are their own factors (S = A'A), so the trace is the nuclear norm of A B': exact where S is singular, and
+    without a d x d decomposition. Raises Error naming the fault of the features.
     """
-    a, b = check_features(a, "first"), check_features(b, "second")
-    if a.shape[1] != b.shape[1]:
-        raise Error(f"feature sets differ in dimension: {a.shape[1]} and {b.shape[1]}")
-    return _floored(*_raw_from_features(a, b, strict))
-
-
-def check_features(features: Any, which: str = "feature") -> np.ndarray:
-    """Float [n, d] of a feature array; raises Error unless it is 2-D, finite, n > 1, d > 1 and not all rows equal."""
-    array = np.asarray(features)
-    if array.ndim != 2:
-        raise Error(f"the {which} set must be [n, d], not of shape {list(array.shape)}", hint="one row per sample")
-    n, d = array.shape
-    if d < 2:
-        raise Error(f"the {which} set has d = {d}", hint="a flattened buffer? features are [n, d] with d > 1")
-    if n < 2:
-        raise Error(f"the {which} set has {n} row{'' if n == 1 else 's'}; a covariance needs two")
-    if array.dtype not in (np.float32, np.float64):
-        array = array.astype(np.float64)
-    if not np.isfinite(array).all():
-        raise Error(f"the {which} set holds NaN or infinity")
-    if (array == array[0]).all():
-        raise Error(f"the {which} set has no variance: all {n} rows are equal")
-    return array
-
-
-def mean_and_covariance(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float64 [d] and unbiased [d, d] of features [n, d], n > 1, in blocks: no float64 copy of the whole."""
-    mean = features.mean(axis=0, dtype=np.float64)
-    second = np.zeros((len(mean), len(mean)))
-    for start in range(0, len(features), BLOCK):
-        x = features[start : start + BLOCK] - mean
-        second += x.T @ x  # NumPy sees A'A and calls syrk
-    return mean, second / (len(features) - 1)
-
-
-class Moments:
-    """Count, sum and second moment of features about a fixed origin, in float64; shards merge by addition.
-
-    `digest` sums 128-bit hashes of the sample ids mod 2^128: with the count it tells whether a merged set has every
-    sample once. d = 2048 takes 34 MB. Not safe for several threads.
-    """
-
-    def __init__(self, dim: int, origin: np.ndarray | None = None):
-        self.dim = dim
-        self.n = 0
-        self.origin = None if origin is None else np.asarray(origin, dtype=np.float64)  # None: the first rows' mean
-        self.digest = 0
-        self._sum = np.zeros(dim)
-        self._second = np.zeros((dim, dim))
-        self._waiting: list[np.ndarray] = []
-
-    def update(self, features: np.ndarray, ids: Iterable[str] | None = None) -> Moments:
-        """Adds rows [n, d]; `ids` name them for the digest. Raises Error where shape or finiteness is wrong."""
-        rows = np.asarray(features)
-        if rows.ndim != 2 or rows.shape[1] != self.dim:
-            raise Error(f"features must be [n, {self.dim}], not of shape {list(rows.shape)}")
-        if not np.isfinite(rows).all():
-            raise Error("features hold NaN or infinity")
-        if ids is not None:
-            ids = list(ids)
-            if len(ids) != len(rows):
-                raise Error(f"{len(ids)} ids for {len(rows)} rows of features")
-            self.digest = (self.digest + digest_of(ids)) % MODULUS
-        if len(rows) == 0:
-            return self
-        if self.origin is None:
-            self.origin = rows.mean(axis=0, dtype=np.float64).astype(np.float32).astype(np.float64)
-        self.n += len(rows)
-        self._waiting.append(rows.astype(np.float64) - self.origin)
-        if sum(map(len, self._waiting)) >= BLOCK:
-            self._settle()
-        return self
-
-    def merge(self, other: Moments) -> Moments:
-        """Adds another set's moments; a different origin is shifted exactly."""
-        if other.dim != self.dim:
-            raise Error(f"moments differ in dimension: {self.dim} and {other.dim}")
-        self._settle()
-        other._settle()
-        self.digest = (self.digest + other.digest) % MODULUS
-        if other.n == 0:
-            return self
-        if self.origin is None:
-            self.origin = other.origin.copy()
-        shift = other.origin - self.origin
-        cross = np.outer(shift, other._sum)
-        self._second += other._second + cross + cross.T + other.n * np.outer(shift, shift)
-        self._sum += other._sum + other.n * shift
-        self.n += other.n
-        return self
-
-    def mean(self) -> np.ndarray:
-        """float64 [d]."""
-        self._need(1)
-        return self.origin + self._sum / self.n
-
-    def covariance(self, biased: bool = False) -> np.ndarray:
-        """float64 [d, d], over n - 1; `biased` divides by n, as StyleGAN-V's and cd-fvd's FVD do."""
-        self._need(2)
-        return (self._second - np.outer(self._sum, self._sum) / self.n) / (self.n if biased else self.n - 1)
-
-    def expect(self, ids: Iterable[str]) -> None:
-        """Raises Error unless exactly these samples were added, each once."""
-        ids = list(ids)
-        if self.n != len(ids):
-            raise Error(f"moments hold {self.n} samples where {len(ids)} were expected")
-        if self.digest != digest_of(ids):
-            raise Error(f"moments hold other samples than the {len(ids)} expected: some missing, some repeated")
-
-    def to_bytes(self) -> bytes:
-        """An npz archive that holds plain arrays."""
-        self._settle()
-        origin = np.zeros(self.dim) if self.origin is None else self.origin
-        digest = np.frombuffer(self.digest.to_bytes(16, "big"), dtype=np.uint8)
-        file = io.BytesIO()
-        np.savez(file, n=np.int64(self.n), origin=origin, sum=self._sum, second=self._second, digest=digest)
-        return file.getvalue()
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Moments:
-        """Reads `to_bytes`; raises Error where the archive is damaged or is something else."""
-        import zipfile
-
-        try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as file:
-                n, origin, total, second, digest = (file[k] for k in ("n", "origin", "sum", "second", "digest"))
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as e:
-            raise Error(f"not an archive of moments: {e}") from None
-        dim = origin.size
-        if second.shape != (dim, dim) or total.shape != (dim,) or digest.size != 16:
-            raise Error("not an archive of moments: its arrays do not fit together")
-        moments = cls(dim, origin if n else None)
-        moments.n, moments._sum, moments._second = int(n), total, second
-        moments.digest = int.from_bytes(digest.tobytes(), "big")
-        return moments
-
-    def _settle(self) -> None:
-        if self._waiting:
-            rows = np.concatenate(self._waiting)
-            self._waiting = []
-            self._sum += rows.sum(axis=0)
-            self._second += rows.T @ rows
-
-    def _need(self, n: int) -> None:
-        self._settle()
-        if self.n < n:
-            raise Error(f"this statistic needs {n} sample{'' if n == 1 else 's'}; the moments hold {self.n}")
-
-
-def digest_of(ids: Iterable[str]) -> int:
-    """Sum of the 128-bit hashes of sample ids mod 2^128: any order, any sharding, repeats counted."""
-    return sum(int.from_bytes(hashlib.sha256(str(i).encode()).digest()[:16], "big") for i in ids) % MODULUS
-
-
-class Influence(NamedTuple):
-    """First-order effect of each sample on the distance, float64 [n] and [m], both of mean 0."""
-
-    fake: np.ndarray
-    real: np.ndarray
-
-
-def influence(fake: np.ndarray, real: np.ndarray) -> Influence:
-    """Influence functions of the squared Fréchet distance at two feature sets [n, d] and [m, d], n, m > d.
-
-    IF(x) = 2 (m - m_r)'(x - m) + (x - m)'(I - T)(x - m) - mean, where T = R (R S R)^{-1/2} R with R = S_r^{1/2} is the
-    optimal transport map between the Gaussians; for the reference the same with T's inverse, on its support.
-    """
-    fake, real = check_features(fake, "first"), check_features(real, "second")
-    mean_fake, cov_fake = mean_and_covariance(fake)
-    mean_real, cov_real = mean_and_covariance(real)
-    factor, inverse = _support(cov_real)  # [d, k], [k, d]: factor factor' = S_r
-    eigenvalues, vectors = np.linalg.eigh(factor.T @ cov_fake @ factor)
-    kept = eigenvalues > eigenvalues[-1] * len(eigenvalues) * EPSILON
-    quarter, vectors = eigenvalues[kept] ** 0.25, vectors[:, kept]
-    difference = mean_fake - mean_real
-    of_fake = _quadratic(fake, mean_fake, 2.0 * difference, factor @ vectors / quarter)  # |x P|^2 = x'Tx
-    of_real = _quadratic(real, mean_real, -2.0 * difference, inverse.T @ vectors * quarter)  # |y Q|^2 = y'T^-1 y
-    return Influence(of_fake - of_fake.mean(), of_real - of_real.mean())
-
-
-def _quadratic(rows: np.ndarray, mean: np.ndarray, slope: np.ndarray, projection: np.ndarray) -> np.ndarray:
-    """slope'x + |x|^2 - |x projection|^2 of each centred row x, float64 [n]."""
-    found = np.empty(len(rows))
-    for start in range(0, len(rows), BLOCK):
-        x = rows[start : start + BLOCK] - mean
-        projected = x @ projection
-        found[start : start + BLOCK] = x @ slope + (x * x).sum(1) - (projected * projected).sum(1)
-    return found
+    a, b = check_pair(a, b)
+    return _floored(*_raw_from_features(a, b, strict, covariance))
 
 
 class Corrected(NamedTuple):
-    """A bias-corrected distance of pairs with its standard error; `se` is None where n / d < 4."""
+    """A distance without its bias, and the standard error; `se` is None where rows are too few for it."""
 
-    value: float
-    plug_in: float
+    value: float  # half-split: 2 F - the mean of F over two halves; may be negative near 0
+    plug_in: float  # rounding below 0 included
     se: float | None
-    freedom: int  # clusters - 1
+    freedom: float  # degrees of freedom of `se`
+    gaussian: float | None  # the correction for independent Gaussian rows; None where rows depend on each other
+
+
+def corrected_distance(
+    generated: np.ndarray,
+    reference: np.ndarray,
+    generated_clusters: Sequence[str] | None = None,
+    reference_clusters: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Corrected:
+    """Fréchet distance of two feature sets [n, d] and [m, d], n, m > d, without the bias of both finite sets.
+
+    Rows, of one set or of both, that share a cluster depend on each other; without names every row is its own. The
+    bias c/n + e/m is removed by splitting both sets into halves, whole clusters together: 2 F - mean F(halves), each
+    weighted with its size so that what is linear in the rows cancels. `seed` draws the split. The standard error is
+    that of the summed influence of rows, by cluster; it needs n / d and m / d of at least 4, and two clusters a side.
+    Raises Error where a set has at most d rows, or clusters too few to halve.
+    """
+    sets = _sets(generated, reference, generated_clusters, reference_clusters, seed)
+    return _corrected(sets)[0]
 
 
 def paired_distance(
     fake: np.ndarray, real: np.ndarray, clusters: Sequence[str] | None = None, seed: int = 0
 ) -> Corrected:
-    """Fréchet distance between pictures and their own reconstructions, [n, d] each, row i with row i; needs n > d.
+    """`corrected_distance` between pictures and their own reconstructions, [n, d] each, row i with row i.
 
-    The bias c/n is removed by splitting the *pairs* into halves (whole clusters together): 2 F(n) - mean F(n/2). The
-    standard error is that of the summed influence IF_fake(x_i) + IF_real(y_i) of a pair, by cluster. Treating the two
-    sets as independent would inflate both. `seed` draws the split.
+    Treating the two sets as independent would inflate both the bias and the error.
     """
-    fake, real = check_features(fake, "first"), check_features(real, "second")
-    if fake.shape != real.shape:
-        raise Error(f"pairs need sets of one shape, not {list(fake.shape)} and {list(real.shape)}")
-    n, d = fake.shape
-    if n <= d:
-        raise Error(f"{n} pairs in {d} dimensions have singular covariances: the bias cannot be removed")
-    names = np.arange(n) if clusters is None else np.unique(np.asarray(clusters, dtype=str), return_inverse=True)[1]
-    plug_in = _floored(*_raw_from_features(fake, real, False))
-    halves = _halves(names, np.random.Generator(np.random.Philox(seed)))
-    inverse_sizes = np.mean([1.0 / len(h) for h in halves])
-    of_halves = np.mean([_raw_from_features(fake[h], real[h], False)[0] for h in halves])
-    value = plug_in - (of_halves - plug_in) * (1.0 / n) / (inverse_sizes - 1.0 / n)
-    num_clusters = int(names.max()) + 1
-    se = None
-    if n >= 4 * d and num_clusters > 1:
-        effect = influence(fake, real)
-        sums = np.bincount(names, weights=effect.fake + effect.real)
-        se = float(np.sqrt(num_clusters / (num_clusters - 1) * (sums**2).sum())) / n
-    return Corrected(float(value), plug_in, se, num_clusters - 1)
+    if np.shape(fake) != np.shape(real):
+        raise Error(f"pairs need sets of one shape, not {list(np.shape(fake))} and {list(np.shape(real))}")
+    names = [str(i) for i in range(len(fake))] if clusters is None else clusters
+    return corrected_distance(fake, real, names, names, seed)
 
 
-def smallest_half(clusters: Sequence[str], seed: int) -> int:
-    """Rows in the smaller of the halves that `paired_distance` would draw; it needs two."""
-    names = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)[1]
-    return min(len(half) for half in _halves(names, np.random.Generator(np.random.Philox(seed))))
+class Difference(NamedTuple):
+    """F(b) - F(a) without the bias of either, on matched rows; `se` is None where rows are too few for it."""
+
+    value: float
+    plug_in: float
+    se: float | None
+    freedom: float
+    gain: float | None  # variance of the difference if a and b were independent, over this one's
 
 
-def _halves(clusters: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers of two random halves that keep clusters whole and differ in size as little as a greedy deal gives."""
-    sizes = np.bincount(clusters)
-    order = generator.permutation(len(sizes))
-    order = order[np.argsort(-sizes[order], kind="stable")]
-    side = np.zeros(len(sizes), dtype=bool)
-    filled = [0, 0]
-    for cluster in order:
-        right = filled[1] < filled[0] or (filled[1] == filled[0] and bool(generator.integers(2)))
-        side[cluster] = right
-        filled[right] += int(sizes[cluster])
-    return np.flatnonzero(~side[clusters]), np.flatnonzero(side[clusters])
+def frechet_difference(
+    a: np.ndarray,
+    b: np.ndarray,
+    reference: np.ndarray,
+    clusters: Sequence[str] | None = None,
+    reference_clusters: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Difference:
+    """How much farther from one reference [m, d] the set b is than a, [n, d] each, row i of both from one seed or item.
+
+    The error is that of the difference of the influences of row i under b and under a, reference side included, by
+    cluster. For two autoencoders the reference holds the originals in the same order and both `clusters` are the same
+    names. Raises Error like `corrected_distance`.
+    """
+    if np.shape(a) != np.shape(b):
+        raise Error(f"matched rows need sets of one shape, not {list(np.shape(a))} and {list(np.shape(b))}")
+    return _difference(*(_sets(x, reference, clusters, reference_clusters, seed) for x in (a, b)))
 
 
-def _raw_from_features(a: np.ndarray, b: np.ndarray, strict: bool) -> tuple[float, float]:
-    d = a.shape[1]
-    if min(len(a), len(b)) > d:
-        return raw_distance(*mean_and_covariance(a), *mean_and_covariance(b), strict)
+def block_distance(generated: BlockMoments, reference: BlockMoments, paired: bool = False) -> Corrected:
+    """`corrected_distance` from moments in K blocks, no features needed: halves of blocks, and a group standard error.
+
+    The influence functional is linear in a block's mean and second moment, so a block's value is that of its rows.
+    `paired`: block k of one holds the counterparts of block k of the other. Take 20 blocks or more: the error has
+    K - 1 degrees of freedom. Raises Error where rows are no more than dimensions.
+    """
+    if generated.dim != reference.dim:
+        raise Error(f"feature sets differ in dimension: {generated.dim} and {reference.dim}")
+    if paired and [b.n for b in generated.blocks] != [b.n for b in reference.blocks]:
+        raise Error("blocks of pairs differ in size", hint="update both with the same ids and clusters")
+    n, m, d = generated.n, reference.n, generated.dim
+    value, between, traces = _half_split(generated.halves(), reference.halves())
+    gaussian = None if paired else between.value - gaussian_bias(between, *traces, n, m)
+    if min(n, m) < ENOUGH * d:
+        return Corrected(value, between.value, None, 0, gaussian)
+    of_generated = _of_blocks(generated, 2.0 * between.slope, between.forth)
+    of_reference = _of_blocks(reference, -2.0 * between.slope, between.back)
+    groups = [of_generated + of_reference] if paired else [of_generated, of_reference]
+    variances = [len(g) / (len(g) - 1) * float(g @ g) for g in groups]
+    freedom = sum(variances) ** 2 / sum(v * v / (len(g) - 1) for v, g in zip(variances, groups, strict=True))
+    return Corrected(value, between.value, float(np.sqrt(sum(variances))), freedom, gaussian)
+
+
+def _of_blocks(moments: BlockMoments, slope: np.ndarray, projection: np.ndarray) -> np.ndarray:
+    """What each block adds to the mean influence, float64 [K], of sum 0."""
+    total = sum(block.mean() * block.n for block in moments.blocks if block.n) / moments.n
+    curvature = np.eye(moments.dim) - projection @ projection.T
+    found = np.zeros(len(moments.blocks))
+    for k, block in enumerate(moments.blocks):
+        if block.n > 1:
+            shift = block.mean() - total
+            inner = float(np.vdot(curvature, block.covariance(biased=True))) + shift @ curvature @ shift
+            found[k] = (slope @ shift + inner) * block.n / moments.n
+    return found - found.sum() * np.array([block.n for block in moments.blocks]) / moments.n
+
+
+def _sets(generated, reference, generated_clusters, reference_clusters, seed) -> Sets:
+    generated, reference = check_pair(generated, reference)
+    names = [
+        [f"{side}/{i}" for i in range(len(rows))] if given is None else [str(c) for c in given]
+        for side, rows, given in (("g", generated, generated_clusters), ("r", reference, reference_clusters))
+    ]
+    for rows, found in zip((generated, reference), names, strict=True):
+        if len(rows) != len(found):
+            raise Error(f"{len(rows)} rows of features have {len(found)} clusters")
+    return Sets(generated, reference, names[0] == names[1], *names, seed)
+
+
+def _corrected(sets: Sets) -> tuple[Corrected, Influence | None]:
+    """The corrected distance, and the influences that its error came from where there is one."""
+    generated, reference = sets.generated, sets.reference
+    n, m, d = len(generated), len(reference), generated.shape[1]
+    if min(n, m) <= d:
+        raise Error(f"{min(n, m)} rows in {d} dimensions have a singular covariance: the bias cannot be removed")
+    halves = _halves(sets)
+    origins = near_mean(generated[:BLOCK]), near_mean(reference[:BLOCK])
+    value, between, traces = _half_split(
+        *(
+            tuple(Moments(d, origin).update(rows[half]) for half in both)
+            for rows, both, origin in zip((generated, reference), halves, origins, strict=True)
+        )
+    )
+    dependent = len({*sets.generated_clusters, *sets.reference_clusters}) < n + m
+    gaussian = None if dependent else between.value - gaussian_bias(between, *traces, n, m)
+    effect = influence(generated, reference, between) if min(n, m) >= ENOUGH * d else None
+    found = influence_error(sets, *effect) if effect else None
+    se, freedom = found or (None, 0.0)
+    return Corrected(value, between.value, se, freedom, gaussian), effect if found else None
+
+
+def _half_split(
+    generated: tuple[Moments, Moments], reference: tuple[Moments, Moments]
+) -> tuple[float, Transport, tuple[float, float]]:
+    """2 F - the mean of F over halves, the transport between the wholes, and the traces of their covariances."""
+    stats = [(part.n, part.mean(), part.covariance()) for part in (*generated, *reference)]
+    of_halves = [raw_distance(*stats[k][1:], *stats[k + 2][1:])[0] for k in (0, 1)]
+    wholes = [side[0].merge(side[1]) for side in (generated, reference)]
+    covariances = [whole.covariance() for whole in wholes]
+    between = transport(wholes[0].mean(), covariances[0], wholes[1].mean(), covariances[1])
+    shares = [(stats[k][0] / wholes[0].n + stats[k + 2][0] / wholes[1].n) / 2 for k in (0, 1)]
+    value = 2 * between.value - float(np.dot(shares, of_halves))
+    return value, between, (float(np.trace(covariances[0])), float(np.trace(covariances[1])))
+
+
+def _halves(sets: Sets) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Row numbers of two random halves of either set; a cluster, of one set or of both, stays whole.
+
+    Clusters are dealt, large ones first, each to where it leaves the halves of both sets more even.
+    """
+    names, index = np.unique([*sets.generated_clusters, *sets.reference_clusters], return_inverse=True)
+    n, m = len(sets.generated), len(sets.reference)
+    of_generated, of_reference = index[:n], index[n:]
+    generator = np.random.Generator(np.random.Philox(sets.seed))
+    order = generator.permutation(len(names))
+    coins = generator.integers(2, size=len(names)).tolist()
+    shares = np.bincount(of_generated, minlength=len(names)) / n, np.bincount(of_reference, minlength=len(names)) / m
+    order = order[np.argsort(-(shares[0] + shares[1])[order], kind="stable")]
+    second = np.zeros(len(names), dtype=bool)
+    lead_g = lead_r = 0.0  # of the first half over the second
+    for cluster, g, r in zip(order.tolist(), shares[0][order].tolist(), shares[1][order].tolist(), strict=True):
+        lead = lead_g * g + lead_r * r
+        right = lead > EPSILON or (lead >= -EPSILON and coins[cluster])
+        second[cluster] = right
+        lead_g, lead_r = (lead_g - g, lead_r - r) if right else (lead_g + g, lead_r + r)
+    halves = tuple((np.flatnonzero(~second[i]), np.flatnonzero(second[i])) for i in (of_generated, of_reference))
+    if min(len(half) for both in halves for half in both) < 2:
+        raise Error("there are too few clusters to halve the sets: the bias cannot be removed")
+    return halves
+
+
+def _difference(a: Sets, b: Sets) -> Difference:
+    (of_a, effect_a), (of_b, effect_b) = _corrected(a), _corrected(b)
+    value, plug_in = of_b.value - of_a.value, of_b.plug_in - of_a.plug_in
+    if effect_a is None or effect_b is None:
+        return Difference(value, plug_in, None, 0.0, None)
+    se, freedom = influence_error(a, effect_b.fake - effect_a.fake, effect_b.real - effect_a.real)
+    return Difference(value, plug_in, se, freedom, (of_a.se**2 + of_b.se**2) / se**2 if se else None)
+
+
+def _raw_from_features(a: np.ndarray, b: np.ndarray, strict: bool, covariance: str) -> tuple[float, float]:
+    if covariance not in COVARIANCES:
+        raise UsageError(f"covariance {covariance!r} is not one of {', '.join(COVARIANCES)}")
+    n, m, d = len(a), len(b), a.shape[1]
+    shrink = [(size - 1) / size if covariance == "biased" else 1.0 for size in (n, m)]
+    if min(n, m) > d:
+        stats = [mean_and_covariance(rows) for rows in (a, b)]
+        return raw_distance(stats[0][0], stats[0][1] * shrink[0], stats[1][0], stats[1][1] * shrink[1], strict)
     difference = a.mean(axis=0, dtype=np.float64) - b.mean(axis=0, dtype=np.float64)
-    factor_a, factor_b = _factor(a), _factor(b)
-    scale = float(difference @ difference + (factor_a**2).sum() + (factor_b**2).sum())
-    return scale - 2.0 * float(np.linalg.svd(factor_a @ factor_b.T, compute_uv=False).sum()), scale
-
-
-def _factor(rows: np.ndarray) -> np.ndarray:
-    """[k, d] with factor' factor = the unbiased covariance, k = min(n, d)."""
-    n, d = rows.shape
-    if n <= d:
-        return (rows - rows.mean(axis=0, dtype=np.float64)) / np.sqrt(n - 1)
-    cov = mean_and_covariance(rows)[1]
-    lower = _cholesky(cov)
-    return (_root(cov) if lower is None else lower).T
+    factors = [factor_of(rows) * share**0.5 for rows, share in zip((a, b), shrink, strict=True)]
+    scale = float(difference @ difference + sum((factor**2).sum() for factor in factors))
+    return scale - 2.0 * float(np.linalg.svd(factors[0] @ factors[1].T, compute_uv=False).sum()), scale
 
 
 def _gaussian(mean: Any, cov: Any, which: str) -> tuple[np.ndarray, np.ndarray]:
@@ -350,162 +282,112 @@ def _floored(raw: float, scale: float) -> float:
     return max(raw, 0.0)
 
 
-def _cholesky(cov: np.ndarray) -> np.ndarray | None:
-    """The lower factor, or None where the covariance is singular to rounding."""
+def frechet_estimates(sets: Sets, covariance: str = "unbiased") -> dict[str, Estimate]:
+    """The plug-in as "", and as "corrected" the half-split estimate with its t interval, or a note why there is none.
+
+    The plug-in has no interval, as its bias is larger than its error. The corrected value does not depend on
+    `covariance`; near 0 it may be negative, as an estimate without bias must.
+    """
+    generated, reference = sets.generated, sets.reference
+    rows, d = min(len(generated), len(reference)), generated.shape[1]
+
+    def plug_in(note: str = "") -> Estimate:
+        return _plug_in(_raw_from_features(generated, reference, False, covariance)[0], note)
+
+    if rows <= d:
+        note = f"rank-deficient: {rows} rows, d = {d} dimensions: no correction, no interval"
+        return {"": plug_in(note), "corrected": Estimate(None, note=note)}
     try:
-        lower = np.linalg.cholesky(cov)
-    except np.linalg.LinAlgError:
-        return None
-    diagonal = np.diagonal(lower)
-    return lower if diagonal.min() > diagonal.max() * EPSILON**0.5 else None
+        found, _ = _corrected(sets)
+    except Error as e:  # clusters that cannot be halved
+        return {"": plug_in(), "corrected": Estimate(None, note=str(e))}
+    first = _plug_in(found.plug_in) if covariance == "unbiased" else plug_in()
+    if found.se is None:
+        few = f"{rows} rows, d = {d} dimensions, n/d < {ENOUGH}" if rows < ENOUGH * d else "one cluster"
+        return {"": first, "corrected": Estimate(found.value, method="half-split", note=f"no interval: {few}")}
+    note = ""
+    if found.gaussian is not None and abs(found.value - found.gaussian) > 2 * found.se:
+        note = f"n too small or heavy tails: the Gaussian correction gives {found.gaussian:.5g}"
+    return {"": first, "corrected": _with_interval(found.value, found.se, found.freedom, "influence-t", note)}
 
 
-def _root(cov: np.ndarray) -> np.ndarray:
-    """A factor of a singular covariance, negative rounding in its spectrum cut."""
-    eigenvalues, vectors = np.linalg.eigh(cov)
-    return vectors * np.sqrt(np.maximum(eigenvalues, 0.0))
+def frechet_differences(a: Sets, b: Sets) -> dict[str, Estimate]:
+    """b - a as `bench.metrics.sets.SetMetric.difference` wants it: plug-in as "", and "corrected" with an interval."""
+    if a.generated.shape != b.generated.shape or not np.array_equal(a.reference, b.reference):
+        raise Error("a paired difference needs matched rows and one reference")
+    if min(len(a.generated), len(a.reference)) <= a.generated.shape[1]:
+        raise Error(f"rank-deficient: {len(a.generated)} rows, d = {a.generated.shape[1]} dimensions")
+    found = _difference(a, b)
+    if found.se is None:
+        corrected = Estimate(found.value, method="half-split", note=f"no interval: n/d < {ENOUGH}, or one cluster")
+    else:
+        note = f"variance 1/{found.gain:.3g} of unpaired" if found.gain else ""
+        corrected = _with_interval(found.value, found.se, found.freedom, "paired influence-t", note)
+    return {"": Estimate(found.plug_in), "corrected": corrected}
 
 
-def _support(cov: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """factor [d, k] and its left inverse [k, d] on the support of a covariance."""
-    eigenvalues, vectors = np.linalg.eigh(cov)
-    kept = eigenvalues > eigenvalues[-1] * len(eigenvalues) * EPSILON
-    root, vectors = np.sqrt(eigenvalues[kept]), vectors[:, kept]
-    return vectors * root, (vectors / root).T
+def _plug_in(raw: float, note: str = "") -> Estimate:
+    return Estimate(max(raw, 0.0), note=note or (f"rounding: computed as {raw:.1g}" if raw < 0 else ""))
+
+
+def _with_interval(value: float, se: float, freedom: float, method: str, note: str) -> Estimate:
+    from scipy.special import stdtrit
+
+    half = float(stdtrit(freedom, 0.975)) * se
+    return Estimate(value, value - half, value + half, f"half-split, {method}", note=note)
 
 
 @dataclass(frozen=True)
-class Frechet:
-    """Fréchet distance between pictures and their own reconstructions: plug-in and, as `corrected`, without its bias.
+class Frechet(SetMetric):
+    """Fréchet distance between two sets of pictures: plug-in and, as `corrected`, without its bias and with its error.
 
-    `fid` is the name for Inception alone. Withheld where the pairs are not more than the dimensions.
+    `fid` is the name for Inception alone. With no more rows than dimensions the plug-in alone is there, and says so.
     """
 
-    extractor: str = "embedded"  # a name of bench.metrics.extractors
-    real: str = "image"
-    fake: str = "recon"
-    quantise: str = "round"
-    value_range: tuple[float, float] = (-1.0, 1.0)
+    covariance: str = "unbiased"  # of the plug-in; "biased" divides by n
 
-    version = 1
-    unit = ""
-    better = "lower"
+    version = 2
+    parts = ("", "corrected")
+    family = "frechet"
 
     @property
     def name(self) -> str:
         return "fid" if self.extractor.startswith("inception") else f"frechet-{self.extractor}"
 
-    def prepare(self, ctx):
-        from bench.metrics.extractors import opened
+    def estimates(self, sets):
+        return frechet_estimates(sets, self.covariance)
 
-        opened(self.extractor, ctx)
+    def difference(self, a, b):
+        return frechet_differences(a, b)
 
-    @property
-    def weights(self) -> tuple[str, ...]:
-        """The weights manifests that measuring will ask for."""
-        from bench.metrics.extractors import INCEPTION
-
-        return (INCEPTION,) if self.extractor.startswith("inception") else ()
-
-    def measure(self, media, ctx):
-        from bench.metrics.extractors import features, opened
-
-        real = features(self.extractor, media[self.real], ctx, self.quantise, self.value_range)
-        fake = features(self.extractor, media[self.fake], ctx, self.quantise, self.value_range)
-        net = opened(self.extractor, ctx).fingerprint
-        return {f"{self.extractor}/real": real, f"{self.extractor}/fake": fake, f"{self.name}-net": [net] * len(real)}
-
-    def reduce(self, table):
-        n = len(table)
-        if n < 2:
-            return self._withheld(table, f"n = {n}: a covariance needs two pairs")
-        try:
-            real, fake = table.features(f"{self.extractor}/real"), table.features(f"{self.extractor}/fake")
-        except KeyError:  # no unit kept them: missing, not withheld
-            return {"": Estimate(None), "corrected": Estimate(None)}
-        d = real.shape[1]
-        try:
-            check_features(real, "reference")
-            check_features(fake, "reconstructed")
-        except Error as e:
-            return self._withheld(table, str(e))
-        if n <= d:
-            return self._withheld(table, f"n = {n} pairs are not more than d = {d} dimensions")
-        if smallest_half(table.clusters(), table.seed) < 2:
-            plug_in = Estimate(frechet_from_features(fake, real), n=n)
-            return {"": plug_in, "corrected": Estimate(None, n=n, note=self._note(table, "too few clusters to halve"))}
-        found = paired_distance(fake, real, table.clusters(), table.seed)
-        plug_in = Estimate(found.plug_in, n=n)
-        if found.se is None:
-            note = self._note(table, f"no interval: n = {n} pairs, d = {d} dimensions, n/d < 4 or one cluster")
-            return {"": plug_in, "corrected": Estimate(found.value, method="half-split", n=n, note=note)}
-        from scipy.special import stdtrit
-
-        half = float(stdtrit(found.freedom, 0.975)) * found.se
-        low, high = found.value - half, found.value + half
-        return {"": plug_in, "corrected": Estimate(found.value, low, high, "half-split, influence-t", n)}
-
-    def signature(self, table):
-        nets = sorted({str(v) for v in table.column(f"{self.name}-net") if v is not None})
-        resize = self.extractor.partition("-")[2] or "none"
-        parts = f"n:{len(table)}|net:{'+'.join(nets) or 'none'}|resize:{resize}|{self.quantise}|ref:self"
-        return f"{self.name}|{parts}|v:{self.version}"
-
-    def _withheld(self, table, reason):
-        estimate = Estimate(None, n=len(table), note=self._note(table, reason))
-        return {"": estimate, "corrected": estimate}
-
-    def _note(self, table, reason):
-        return reason if len(table) == table.expected else ""  # a note would say that nothing is missing
+    def settings(self) -> str:
+        return f"cov:{self.covariance}|"
 
 
 @dataclass(frozen=True)
-class PairwiseFeatureDistance:
+class PairwiseFeatureDistance(SetMetric):
     """Mean |phi(x) - phi(y)|^2 of pictures and their reconstructions: per picture, with an interval and no bias in n.
 
-    FlowMo reports it beside rFID as PAIRWISE_INCEPTION.
+    FlowMo reports it beside rFID as PAIRWISE_INCEPTION. Independent sets have no such pairs: withheld.
     """
 
-    extractor: str = "embedded"
-    real: str = "image"
-    fake: str = "recon"
-    quantise: str = "round"
-    value_range: tuple[float, float] = (-1.0, 1.0)
-
-    version = 1
-    unit = ""
-    better = "lower"
-
-    @property
-    def name(self) -> str:
-        return f"pairwise-{self.extractor}"
-
-    def prepare(self, ctx):
-        from bench.metrics.extractors import opened
-
-        opened(self.extractor, ctx)
-
-    @property
-    def weights(self) -> tuple[str, ...]:
-        """The weights manifests that measuring will ask for."""
-        from bench.metrics.extractors import INCEPTION
-
-        return (INCEPTION,) if self.extractor.startswith("inception") else ()
+    version = 2
+    family = "pairwise"
 
     def measure(self, media, ctx):
-        from bench.metrics.extractors import features, opened
+        columns = super().measure(media, ctx)
+        real, fake = (columns.get(f"{self.extractor}/{side}") for side in ("real", "fake"))
+        if real is None or fake is None:
+            return columns
+        return {**columns, self.name: np.square(real.astype(np.float64) - fake).sum(1).tolist()}
 
-        real = features(self.extractor, media[self.real], ctx, self.quantise, self.value_range)
-        fake = features(self.extractor, media[self.fake], ctx, self.quantise, self.value_range)
-        squares = np.square(real.astype(np.float64) - fake).sum(1)
-        return {self.name: squares.tolist(), f"{self.name}-net": [opened(self.extractor, ctx).fingerprint] * len(real)}
+    def estimates(self, sets):
+        from bench import stats
 
-    def reduce(self, table):
-        from bench.metrics.pixel import mean_of_rows
-
-        return mean_of_rows(table, self.name)
+        if not sets.paired:
+            raise Error("a pairwise distance needs pictures and their own reconstructions, not independent sets")
+        squares = np.square(sets.generated.astype(np.float64) - sets.reference).sum(1)
+        return {"": stats.mean(squares, sets.generated_clusters, sets.seed)}
 
     def signature(self, table):
-        nets = sorted({str(v) for v in table.column(f"{self.name}-net") if v is not None})
-        resize = self.extractor.partition("-")[2] or "none"
-        return f"{self.name}|net:{'+'.join(nets) or 'none'}|resize:{resize}|{self.quantise}|v:{self.version}"
+        return f"{self.name}|{describe_network(table, self.extractor)}|{self.quantise}|v:{self.version}"

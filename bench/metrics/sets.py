@@ -8,7 +8,7 @@ batch of media holds both. *Independent sets*: a row is a generated or a referen
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,7 +29,7 @@ class Sets:
     generated: np.ndarray
     reference: np.ndarray
     paired: bool
-    generated_clusters: Sequence[str]  # what a row shares with rows that depend on it
+    generated_clusters: Sequence[str]  # what a row shares with rows, of either set, that depend on it
     reference_clusters: Sequence[str]
     seed: int = 0  # of every random draw in an estimate
 
@@ -83,6 +83,59 @@ def sets_of(table: Table, extractor: str) -> Sets:
     return Sets(fake, real, paired, clusters[0], clusters[1], table.seed)
 
 
+def matched_sets(a: Table, b: Table, extractor: str) -> tuple[Sets, Sets]:
+    """The sets of two runs on the items that both measured, in one order: what `SetMetric.difference` compares.
+
+    Raises KeyError and Error as `sets_of`.
+    """
+    shared = set(a.column("item")) & set(b.column("item"))
+    return tuple(_only(sets_of(t, extractor), t, shared) for t in (a, b))
+
+
+def _only(sets: Sets, table: Table, items: set[str]) -> Sets:
+    """The rows of a table's sets that belong to some items, in the order of those."""
+    names = table.column("item")
+    sides = table.column(SIDE)
+    found = []
+    for which, rows, clusters in (
+        (GENERATED, sets.generated, sets.generated_clusters),
+        (REFERENCE, sets.reference, sets.reference_clusters),
+    ):
+        own = names if sets.paired else [n for n, side in zip(names, sides, strict=True) if side == which]
+        picked = sorted((i for i, name in enumerate(own) if name in items), key=own.__getitem__)
+        found.append((check_features(rows[picked], which), [clusters[i] for i in picked]))
+    return replace(
+        sets,
+        generated=found[0][0],
+        reference=found[1][0],
+        generated_clusters=found[0][1],
+        reference_clusters=found[1][1],
+    )
+
+
+def influence_error(sets: Sets, of_generated: np.ndarray, of_reference: np.ndarray) -> tuple[float, float] | None:
+    """Standard error and degrees of freedom of a statistic that varies as mean(of_generated) + mean(of_reference).
+
+    The arguments are the influences of rows, float64 [n] and [m], each of mean 0. Rows of both sets that share a
+    cluster (of pairs: all) vary together; where none do, the means are independent and the freedom is Welch's. None
+    where a set is one cluster.
+    """
+    from bench.stats import mean_error
+
+    values, clusters = (of_generated, of_reference), (sets.generated_clusters, sets.reference_clusters)
+    alone = [mean_error(v, c) for v, c in zip(values, clusters, strict=True)]
+    if None in alone:
+        return None
+    if set(clusters[0]) & set(clusters[1]):
+        total = len(values[0]) + len(values[1])
+        both = np.concatenate([v * (total / len(v)) for v in values])
+        error, freedom = mean_error(both, [*clusters[0], *clusters[1]])
+        return error, min(freedom, *(side[1] for side in alone))
+    variances = [error * error for error, _ in alone]
+    spread = sum(v * v / freedom for v, (_, freedom) in zip(variances, alone, strict=True))
+    return sum(variances) ** 0.5, sum(variances) ** 2 / spread if spread else min(side[1] for side in alone)
+
+
 @dataclass(frozen=True)
 class SetMetric:
     """Base of metrics that compare two sets of features; a subclass names itself and writes `estimates`.
@@ -109,6 +162,14 @@ class SetMetric:
     def estimates(self, sets: Sets) -> Mapping[str, Estimate]:
         """One estimate for each of `parts`. An Error it raises withholds all of them, with its message as the note."""
         raise NotImplementedError
+
+    def difference(self, a: Sets, b: Sets) -> Mapping[str, Estimate]:
+        """The metric of b less that of a, for `parts` it can tell; empty where a metric has no such estimate.
+
+        Row i of `a.generated` and of `b.generated` come from one seed or item, and the references are the same rows:
+        `matched_sets` sees to it. Raises Error where they are not, or where nothing can be told.
+        """
+        return {}
 
     def settings(self) -> str:
         """What else decides the value, for the signature: "k:5|radius:<|"; ends in a bar unless empty."""
@@ -140,15 +201,16 @@ class SetMetric:
 
     def reduce(self, table):
         try:
-            sets = sets_of(table, self.extractor)
+            found = self.estimates(sets_of(table, self.extractor))
         except KeyError:  # no unit kept them: missing, not withheld
             return dict.fromkeys(self.parts, Estimate(None))
         except Error as e:
             return self.withheld(table, str(e))
-        try:
-            return self.estimates(sets)
-        except Error as e:
-            return self.withheld(table, str(e))
+        whole = len(table) == table.expected
+        return {
+            part: replace(estimate, n=len(table), note=estimate.note if whole else "")
+            for part, estimate in found.items()
+        }
 
     def withheld(self, table: Table, reason: str) -> dict[str, Estimate]:
         """No value, and why; the reason is left out while rows are missing, as a note calls a score complete."""
@@ -168,7 +230,12 @@ def describe_sets(table: Table, extractor: str) -> str:
     """Sizes, network and resize for a signature: "n:500|m:30000|net:inception@3f2a90c1|resize:clean"."""
     sides = table.column(SIDE)
     independent = any(side is not None for side in sides)
-    nets = sorted({str(v) for v in table.column(net_column(extractor)) if v is not None})
     sizes = f"n:{sides.count(GENERATED)}|m:{sides.count(REFERENCE)}" if independent else f"n:{len(table)}|ref:self"
+    return f"{sizes}|{describe_network(table, extractor)}"
+
+
+def describe_network(table: Table, extractor: str) -> str:
+    """Network and resize for a signature: "net:inception@3f2a90c1|resize:clean"."""
+    nets = sorted({str(v) for v in table.column(net_column(extractor)) if v is not None})
     resize = extractor.partition("-")[2] if extractor.startswith("inception-") else "own"
-    return f"{sizes}|net:{'+'.join(nets) or 'none'}|resize:{resize}"
+    return f"net:{'+'.join(nets) or 'none'}|resize:{resize}"

@@ -31,7 +31,7 @@ class Reconstruction(Suite):
     chunk: int = 64  # pictures per unit: what a crash can cost
 
     name = "reconstruction"
-    version = 1
+    version = 2
     requires = (Autoencoder,)
     slices = ("kind",)
 

@@ -9,13 +9,13 @@ from scipy.linalg import sqrtm
 from bench.metrics.frechet import (
     Frechet,
     Moments,
-    digest_of,
     frechet_distance,
     frechet_from_features,
     influence,
     paired_distance,
     raw_distance,
 )
+from bench.metrics.moments import digest_of
 from bench.types import Error, Table
 
 
@@ -333,7 +333,7 @@ def test_split_depends_on_the_seed_alone():
 
 
 def table(fake, real, expected=None, clusters=None):
-    rows = [{"item": str(i), "frechet-embedded-net": "net@1"} for i in range(len(fake))]
+    rows = [{"item": str(i), "embedded-net": "net@1"} for i in range(len(fake))]
     if clusters is not None:
         rows = [{**row, "cluster": c} for row, c in zip(rows, clusters, strict=True)]
     kept = {"embedded/real": real.astype(np.float32), "embedded/fake": fake.astype(np.float32)}
@@ -346,15 +346,16 @@ def test_metric_gives_plug_in_and_corrected():
     assert found[""].low is None and found[""].value > found["corrected"].value
     assert found["corrected"].low < truth < found["corrected"].high
     assert found["corrected"].low < found["corrected"].value < found["corrected"].high
-    assert Frechet().signature(table(fake, real)) == "frechet-embedded|n:400|net:net@1|resize:none|round|ref:self|v:1"
+    assert (
+        Frechet().signature(table(fake, real))
+        == "frechet-embedded|cov:unbiased|n:400|ref:self|net:net@1|resize:own|round|v:2"
+    )
     assert Frechet("inception-tf1").name == "fid"
     part = table(fake, real).where("item", "3")
     assert Frechet().reduce(part)[""].value is None
 
 
-@pytest.mark.parametrize(
-    "n,reason", [(0, "two pairs"), (1, "two pairs"), (2, "d = 16"), (16, "d = 16"), (20, "no interval")]
-)
+@pytest.mark.parametrize("n,reason", [(0, "0 rows"), (1, "1 row"), (2, "d = 16"), (16, "d = 16"), (20, "no interval")])
 def test_metric_withholds_with_a_reason(n, reason):
     fake, real, _, _ = gaussian_pairs(64, 1)
     found = Frechet().reduce(table(fake[:n], real[:n]))["corrected"]
