@@ -218,16 +218,21 @@ GENERATORS = {
     "minus one to one": (paints(lambda y, p, s: y * 2 - 1), "range", "instead of 0 to 1"),
     "uint8": (paints(lambda y, p, s: (y * 255).byte()), "dtype", "uint8"),
     "nan": (paints(lambda y, p, s: with_value(y, float("nan"))), "finite", "1 NaN"),
-    "grey": (paints(lambda y, p, s: y[:, :1]), "shape", "[4, 1, 16, 16]"),
+    "grey": (paints(lambda y, p, s: y[:, :1]), "shape", "[8, 1, 16, 16]"),
     "list of pictures": (paints(lambda y, p, s: list(y)), "type", "list"),
     "ignores its seeds": (paints(lambda y, p, s: Painter().generate(p, [0] * len(s))), "seeds matter", "same picture"),
     "no seed at all": (paints(lambda y, p, s: torch.rand(y.shape)), "same seed twice", "largest difference"),
     "first seed for all": (
         paints(lambda y, p, s: torch.rand(y.shape, generator=torch.Generator().manual_seed(s[0]))),
-        "batch 1 against batch 4",
+        "batch 1 against batch 8",
         "largest difference",
     ),
-    "always four": (paints(lambda y, p, s: y[:1].expand(4, -1, -1, -1)), "batch 1", "[4, 3, 16, 16]"),
+    "by its place": (
+        paints(lambda y, p, s: (y + 0.02 * torch.arange(len(y)).reshape(-1, 1, 1, 1)).clamp(0, 1)),
+        "other order",
+        "not on its place",
+    ),
+    "always eight": (paints(lambda y, p, s: y[:1].expand(8, -1, -1, -1)), "batch 1", "[8, 3, 16, 16]"),
 }
 
 
@@ -360,7 +365,10 @@ class Denoiser:
         return {"unet": self.net, "text_encoder": self.words}
 
     def clone(self):
-        return copy.deepcopy(self)
+        twin = copy.deepcopy(self)
+        for part in twin.modules().values():
+            part.requires_grad_(False)
+        return twin
 
 
 def test_a_white_box_conforms_and_its_derivative_is_printed():
@@ -369,6 +377,41 @@ def test_a_white_box_conforms_and_its_derivative_is_printed():
     detail = {f.name: f.detail for f in findings}
     assert "autograd" in detail["DenoiserAccess: gradient to embeddings"]
     assert "autograd" in detail["DenoiserAccess: gradient to latents"]
+    assert detail["DenoiserAccess: target is known"] == "noise"
+    assert detail["DenoiserAccess: gradient to unet"] == "4 of 4 parameters"
+    assert all(p.requires_grad for m in Denoiser().modules().values() for p in m.parameters())
+
+
+def test_trying_a_white_box_leaves_its_weights_and_flags_as_they_were():
+    model = Denoiser()
+    model.net.requires_grad_(False)
+    before = copy.deepcopy([m.state_dict() for m in model.modules().values()])
+    check(model)
+    for old, part in zip(before, model.modules().values(), strict=True):
+        assert all(torch.equal(value, part.state_dict()[name]) for name, value in old.items())
+    assert [p.requires_grad for p in model.net.parameters()] == [False] * 4 and model.words.weight.requires_grad
+
+
+class Velocity(Denoiser):
+    def target(self, z0, noise, t):
+        a = (1 - t / 1000).reshape(-1, 1, 1, 1)
+        return a * noise - (1 - a**2).sqrt() * z0
+
+
+class Flow(Denoiser):
+    def add_noise(self, z, t, noise):
+        a = (1 - t / 1000).reshape(-1, 1, 1, 1)
+        return a * z + (1 - a) * noise
+
+    def target(self, z0, noise, t):
+        return noise - z0
+
+
+@pytest.mark.parametrize("model, name", [(Velocity, "velocity"), (Flow, "flow")])
+def test_the_kind_of_target_is_found_out(model, name):
+    findings = check(model())
+    assert not failed(findings) and not failed(findings, "warn"), findings
+    assert {f.name: f.detail for f in findings}["DenoiserAccess: target is known"] == name
 
 
 class Detached(Denoiser):
@@ -395,6 +438,54 @@ class SharedTeacher(Denoiser):
         return copy.copy(self)
 
 
+class TrainableTeacher(Denoiser):
+    def clone(self):
+        return copy.deepcopy(self)
+
+
+class MovingTeacher(Denoiser):
+    """Its clone has weights of its own and still asks the original."""
+
+    def clone(self):
+        twin = super().clone()
+        twin.predict = self.predict
+        return twin
+
+
+class DeadEncoder(Denoiser):
+    def condition(self, ids, embeddings=None):
+        return super().condition(ids, self.words(ids).detach() if embeddings is None else embeddings)
+
+
+class NoiseOfTheFirst(Denoiser):
+    """Every latent of a batch begins with the noise of the first seed and of the number of seeds."""
+
+    def sample(self, condition, seeds, guidance, steps, stop_at=None):
+        return super().sample(condition, [seeds[0] + len(seeds)] * len(seeds), guidance, steps, stop_at)
+
+
+class OneStepMore(Denoiser):
+    def sample(self, condition, seeds, guidance, steps, stop_at=None):
+        return super().sample(condition, seeds, guidance, steps, stop_at and stop_at + 1)
+
+
+class CurvedNoise(Denoiser):
+    def add_noise(self, z, t, noise):
+        return super().add_noise(z, t, noise) + 0.3 * z * noise
+
+
+class BackwardNoise(Denoiser):
+    def add_noise(self, z, t, noise):
+        return super().add_noise(z, 1000 - t, noise)
+
+
+class FirstTime(Denoiser):
+    """The timestep of the first item for all."""
+
+    def predict(self, z_t, t, condition):
+        return super().predict(z_t, t[:1].expand(len(t)), condition)
+
+
 class Stopless(Denoiser):
     def sample(self, condition, seeds, guidance, steps, stop_at=None):
         return super().sample(condition, seeds, guidance, steps)
@@ -403,6 +494,14 @@ class Stopless(Denoiser):
 class ForgetsEmbeddings(Denoiser):
     def condition(self, ids, embeddings=None):
         return super().condition(ids, None if embeddings is None else 0.5 * embeddings)
+
+
+def test_a_target_of_no_known_kind_is_flagged():
+    class Odd(Denoiser):
+        def target(self, z0, noise, t):
+            return 2 * noise
+
+    assert "the closest is noise" in failed(check(Odd()), "warn")["DenoiserAccess: target is known"]
 
 
 @pytest.mark.parametrize(
@@ -415,6 +514,14 @@ class ForgetsEmbeddings(Denoiser):
         (SharedTeacher, "clone", "shared"),
         (Stopless, "stop_at", "another latent"),
         (ForgetsEmbeddings, "condition with embeddings", "largest difference"),
+        (TrainableTeacher, "clone is frozen", "ask for gradients"),
+        (MovingTeacher, "clone after training unet", "moves its teacher"),
+        (DeadEncoder, "gradient to text_encoder", "cannot be trained"),
+        (NoiseOfTheFirst, "sample of one prompt", "own condition and seed"),
+        (OneStepMore, "stop_at the end", "change nothing"),
+        (CurvedNoise, "add_noise is linear", "weighted sum"),
+        (BackwardNoise, "noise grows with t", "at 0"),
+        (FirstTime, "batch 1 against batch 2", "largest difference"),
     ],
 )
 def test_a_broken_white_box_is_found_out(model, name, detail):

@@ -38,7 +38,7 @@ WRITERS = {
     "suites/generation/recipes_judges.py: save_file": "as above",
 }
 BROAD = {
-    "bench/check.py": "a model under test may fail in any way, and that is a finding",
+    "bench/checks/report.py": "a model under test may fail in any way, and that is a finding",
     "bench/config.py": "resolving a foreign annotation runs foreign code",
     "bench/registry.py": "a plugin may fail in any way",
     "bench/worker.py": "around a unit: the failure is recorded",

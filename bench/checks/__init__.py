@@ -1,0 +1,1 @@
+"""Conformance tests, one file per kind of model; `bench.check` runs them."""
