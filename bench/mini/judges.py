@@ -4,7 +4,7 @@ CLIP's format, and a model that answers questions. How they were trained, and ho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,16 @@ NONE = "none"  # the shape of a picture that shows no shape of the world, or mor
 HEADS: Mapping[str, tuple[str, ...]] = {**ATTRIBUTES, "shape": (*ATTRIBUTES["shape"], NONE)}
 FEATURES = 128
 WIDTHS = ((24, 1), (48, 2), (48, 1), (96, 2), (96, 1), (96, 2))  # (channels, stride) of each convolution
+
+
+PROMPTS: Mapping[str, str] = {  # what a value is compared as, where an attribute is guessed from its captions
+    "shape": "a {}",
+    "colour": "a {} shape",
+    "background": "a shape on a {} background",
+    "size": "a {} shape",
+    "position": "a shape {}",
+    "texture": "a {} shape",
+}
 
 
 def folder(name: str) -> Path:
@@ -75,6 +85,42 @@ def read(network: Any, images: Any, batch: int = 256) -> dict[str, list[str]]:
             for name, logits in network(part).items():
                 found[name] += [HEADS[name][i] for i in logits.argmax(1).tolist()]
     return found
+
+
+def load_clip(device: str = "cpu", path: Path | None = None) -> tuple[Any, Any]:
+    """The trained transformers.CLIPModel in float32 and evaluation mode, and its tokenizer."""
+    import torch
+    from transformers import CLIPModel, CLIPTokenizer
+
+    place = path or folder("mini-clip")
+    model = CLIPModel.from_pretrained(place, dtype=torch.float32, local_files_only=True)
+    tokenizer = CLIPTokenizer.from_pretrained(place, local_files_only=True)
+    return model.requires_grad_(False).eval().to(device), tokenizer
+
+
+def embed_images(model: Any, images: Any, batch: int = 256) -> Any:
+    """float32 [N, 64] of length one: images are uint8 [N, 3, 32, 32], or floats in [0, 1]."""
+    import torch
+
+    with torch.no_grad():
+        scaled = (images / 255 if images.dtype == torch.uint8 else images) * 2 - 1
+        found = [model.get_image_features(pixel_values=part) for part in scaled.split(batch)]
+    return torch.nn.functional.normalize(torch.cat([_features(f) for f in found]), dim=1)
+
+
+def embed_texts(model: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
+    """float32 [N, 64] of length one; more than 24 tokens are cut."""
+    import torch
+
+    ids = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        found = _features(model.get_text_features(input_ids=ids.to(model.device)))
+    return torch.nn.functional.normalize(found, dim=1)
+
+
+def _features(found: Any) -> Any:
+    """Recent releases of transformers wrap the projected features."""
+    return getattr(found, "pooler_output", found)
 
 
 def _filled(network: Any, path: Path, device: str) -> Any:

@@ -364,3 +364,21 @@ def caption(picture: Picture, rng: np.random.Generator) -> str:
 def plain_caption(picture: Picture) -> str:
     """ "a red circle on a blue background"."""
     return f"a {picture.colour} {picture.shape} on a {picture.background} background"
+
+
+def said(text: str) -> dict[str, str]:
+    """What a caption says of its picture, by attribute: "a red disc" -> {"colour": "red", "shape": "circle"}."""
+    before, _, behind = text.partition(" on a ")
+    meant = {synonym: shape for shape, synonym in SYNONYMS.items()}
+    found = {}
+    for word in before.split():
+        word = meant.get(word, word)
+        for name in ("shape", "colour", "size", "texture"):
+            if word in ATTRIBUTES[name]:
+                found[name] = word
+    if behind:
+        found["background"] = behind.split()[0]
+    for position, place in PLACES.items():
+        if text.endswith(place):
+            found["position"] = position
+    return found

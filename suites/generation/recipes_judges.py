@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +14,10 @@ import numpy as np
 from bench.mini import judges, world
 from bench.recipe import Recipe, TrainContext
 from bench.types import UsageError
+from suites.generation import tokenizer as tokens
 
+DIM = 64  # of the space that pictures and captions share
+TOKENS = 24  # of the longest caption that the text tower takes
 NONSENSE = ("empty", "blob", "noise", "mixture", "half")  # kinds of pictures that show no shape, or not one
 
 
@@ -77,6 +81,98 @@ class MiniClassifier(Recipe):
         for kind in NONSENSE:
             found = judges.read(model, to_tensor(nonsense(kind, 500, seed)).to(ctx.device))
             yield f"none_{kind}", found["shape"].count(judges.NONE) / 500
+
+
+@dataclass(frozen=True)
+class MiniCLIP(Recipe):
+    """A dual encoder in CLIP's format: pictures and captions of the small world in one space."""
+
+    name: ClassVar[str] = "mini-clip"
+    version: ClassVar[int] = 1
+
+    steps: int = 2000
+    batch: int = 64
+    pictures: int = 20000  # drawn once; captions are new at each step
+    lr: float = 2e-3
+    width: int = 96
+    layers: int = 4  # of the vision tower; the text tower has 2
+
+    def __post_init__(self):
+        _positive(self, "steps", "batch", "pictures", "lr", "width", "layers")
+
+    @property
+    def total(self) -> int:
+        return self.steps
+
+    def train(self, model: Any, ctx: TrainContext) -> Generator[Mapping[str, float], None, Any]:
+        import torch
+        from torch import nn
+        from torch.nn.functional import cross_entropy
+
+        tokenizer = tokens.build(world.WORDS, TOKENS)
+        model = initialise_clip(_clip(tokenizer, self.width, self.layers), ctx.generator(0, "weights")).to(ctx.device)
+        sizes = [len(values) for values in world.ATTRIBUTES.values()]
+        heads = nn.ModuleList(nn.Linear(DIM, sum(sizes)) for _ in range(2))  # of pictures and of captions
+        heads = initialise(heads, ctx.generator(0, "heads")).to(ctx.device)
+        parameters = [*model.parameters(), *heads.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=self.lr, betas=(0.9, 0.98), weight_decay=0.02)
+        first = ctx.restore(model=model, heads=heads, optimizer=optimizer)
+        pool = world.sample(self.pictures, ctx.seed(0, "pictures"), held_out="any")
+        images = to_tensor(world.draw(pool))
+        model.train()
+        for step in range(first, self.steps):
+            generator = ctx.generator(step, "batch")
+            chosen = torch.randint(len(pool), (self.batch,), generator=generator).tolist()
+            texts = caption_pairs([pool[i] for i in chosen], ctx.seed(step, "captions"))
+            truth = facts([pool[i].attributes() for i in chosen]).to(ctx.device)
+            claims = facts([world.said(text) for text in texts]).to(ctx.device)
+            seen = degrade(images[chosen], generator).to(ctx.device)
+            pictures = model.get_image_features(pixel_values=2 * seen - 1).pooler_output
+            ids = tokenizer(texts, padding=True, return_tensors="pt").input_ids.to(ctx.device)
+            captions = model.get_text_features(input_ids=ids).pooler_output
+            losses = {
+                "contrast": contrastive_loss(pictures, captions, model.logit_scale.exp(), truth, claims),
+                "pictures": _attribute_loss(heads[0](pictures), truth, sizes),
+                "captions": _attribute_loss(heads[1](captions), claims, sizes),
+            }
+            loss = sum(losses.values())
+            _update(optimizer, loss, self.lr * learning_rate(step, self.steps))
+            with torch.no_grad():
+                model.logit_scale.clamp_(max=math.log(100))  # as CLIP does
+                shape = cross_entropy(heads[0](pictures)[:, : sizes[0]], truth[:, 0])
+            losses = {"loss": loss, **losses, "shape": shape}
+            yield {name: float(value.detach()) for name, value in losses.items()}
+        return model.eval(), tokenizer
+
+    def export(self, model: Any, folder: Path) -> None:
+        import torch
+        from transformers import CLIPImageProcessor
+
+        network, tokenizer = copy.deepcopy(model[0]).half(), model[1]
+        network.config.dtype = network.config.text_config.dtype = network.config.vision_config.dtype = torch.float32
+        network.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        size = {"height": world.SIZE, "width": world.SIZE}
+        half = [0.5, 0.5, 0.5]
+        CLIPImageProcessor(size=size, crop_size=size, image_mean=half, image_std=half).save_pretrained(folder)
+
+    def checks(self, model: Any, ctx: TrainContext) -> Iterator[tuple[str, float]]:
+        seed = ctx.seed(self.steps, "checks")
+        pictures = world.sample(2000, seed, held_out="any")
+        images = to_tensor(world.draw(pictures)).to(ctx.device)
+        pictured = judges.embed_images(model[0], images)
+        for name, values in world.ATTRIBUTES.items():
+            prompts = judges.embed_texts(*model, [judges.PROMPTS[name].format(_word(v)) for v in values])
+            found = (pictured @ prompts.T).argmax(1).tolist()
+            right = sum(values[i] == getattr(p, name) for i, p in zip(found, pictures, strict=True))
+            yield f"{name}_zero_shot", right / len(pictures)
+        texts = caption_pairs(pictures, seed)
+        told = judges.embed_texts(*model, texts)
+        true, false = ((pictured * part).sum(1) for part in told.split(len(pictures)))
+        differ = [i for i, p in enumerate(pictures) if not holds(world.said(texts[len(pictures) + i]), p)]
+        yield "true_above_false_caption", float((true > false)[differ].float().mean())
+        yield "cosine_matched", float(true.mean())
+        yield "cosine_shuffled", float((pictured * told[: len(pictures)].roll(1, 0)).sum(1).mean())
 
 
 # pictures
@@ -214,7 +310,116 @@ def blur_and_noise(images, sigma: float, noise: float, seed: int):
     return (x + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))).clamp(0, 1)
 
 
+# captions
+
+
+def caption_pairs(pictures, seed: int) -> list[str]:
+    """A caption of each picture, then as many false ones: each differs from the true one in one thing that it says.
+
+    Of a caption that says nothing ("this is a shape") the second is the same.
+    """
+    true, false = [], []
+    for i, picture in enumerate(pictures):
+        text = world.caption(picture, np.random.default_rng([seed, i]))
+        names = list(world.said(text))
+        rng = np.random.default_rng([seed, i, 1])
+        if names:
+            name = names[int(rng.integers(len(names)))]
+            others = [v for v in world.ATTRIBUTES[name] if v != getattr(picture, name)]
+            picture = replace(picture, **{name: others[int(rng.integers(len(others)))]})
+        true.append(text)
+        false.append(world.caption(picture, np.random.default_rng([seed, i])))
+    return true + false
+
+
+def facts(records):
+    """int64 [N, attributes] of dicts by attribute: indices into world.ATTRIBUTES, -1 where nothing is said."""
+    import torch
+
+    rows = [[v.index(r[name]) if name in r else -1 for name, v in world.ATTRIBUTES.items()] for r in records]
+    return torch.tensor(rows)
+
+
+def holds(claims: Mapping[str, str], picture: world.Picture) -> bool:
+    """Is all true that is said of a picture?"""
+    return all(getattr(picture, name) == value for name, value in claims.items())
+
+
+def contrastive_loss(pictures, captions, scale, truth, claims):
+    """CLIP's loss (Radford et al. 2021) of pictures [B, d] and captions [2 B, d], the first B their own; the others
+    are further candidates for a picture. Pairs that are true by chance are no negatives.
+
+    truth int64 [B, attributes] and claims [2 B, attributes] are `facts`.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy, normalize
+
+    logits = scale * normalize(pictures, dim=1) @ normalize(captions, dim=1).T
+    true = ((claims == truth[:, None]) | (claims < 0)).all(2)
+    own = torch.eye(*true.shape, dtype=torch.bool, device=true.device)
+    logits = logits.masked_fill(true & ~own, -math.inf)
+    target = torch.arange(len(pictures), device=logits.device)
+    return (cross_entropy(logits, target) + cross_entropy(logits[:, : len(pictures)].T, target)) / 2
+
+
+def _attribute_loss(logits, labels, sizes):
+    """The cross entropies of all attributes, added; labels -1 do not count."""
+    from torch.nn.functional import cross_entropy
+
+    parts = zip(logits.split(sizes, 1), labels.T, strict=True)
+    return sum(cross_entropy(part, label, ignore_index=-1) for part, label in parts)
+
+
+def _word(value: str) -> str:
+    """How captions put it: positions are phrases."""
+    return world.PLACES.get(value, value)
+
+
 # training
+
+
+def _clip(tokenizer: Any, width: int, layers: int) -> Any:
+    from transformers import CLIPConfig, CLIPModel
+
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": TOKENS,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "image_size": world.SIZE,
+        "patch_size": 4,
+    }
+    shared = {"num_attention_heads": 4, "projection_dim": DIM, "hidden_act": "relu"}
+    return CLIPModel(CLIPConfig(text_config={**text, **shared}, vision_config={**vision, **shared}, projection_dim=DIM))
+
+
+def initialise_clip(model: Any, generator: Any) -> Any:
+    """The model with all weights drawn anew from the generator: normal, of deviation 1 / sqrt(fan in)."""
+    import torch
+
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:
+                fan = weight.shape[1] if "embedding" in name and "patch" not in name else weight[0].numel()
+                weight.normal_(0, 0.5 / math.sqrt(fan) if "embedding" in name else fan**-0.5, generator=generator)
+            elif name == "logit_scale":
+                weight.fill_(math.log(10))
+            elif "norm" in name and name.endswith("weight"):
+                weight.fill_(1)
+            elif name.endswith("class_embedding"):
+                weight.normal_(0, 0.05, generator=generator)
+            else:
+                weight.zero_()
+    return model
 
 
 def initialise(model: Any, generator: Any) -> Any:
