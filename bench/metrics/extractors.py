@@ -31,7 +31,7 @@ from bench.types import Error, UsageError
 INCEPTION = "inception-2015-12-05-pytorch-fid"  # manifest of the state dict
 INCEPTION_RESIZES = ("clean", "tf1", "pytorch", "tm")
 EXTRACTORS = ("embedded", *(f"inception-{resize}" for resize in INCEPTION_RESIZES))
-BATCH = {"cpu": 8, "cuda": 32}  # pictures per forward pass, always: features must not depend on how many came
+BATCH = {"cpu": 4, "cuda": 32}  # pictures per forward pass, always: features must not depend on how many came
 DTYPES = ("float32", "bfloat16")
 FAR_OUT = 8.0  # floats beyond are no picture in [-1, 1] that a decoder overshot; levels 0..255 are
 
@@ -342,6 +342,22 @@ def _normalised(network: Any, mean: Any, std: Any, device: str, dtype: str) -> C
             return network(x)
 
     return forward
+
+
+def bfloat16_gate(full: Extractor, half: Extractor, images: Any, claimed: float | None = None) -> float:
+    """Fréchet distance between a network's features in float32 and in bfloat16, of the same pictures.
+
+    Raises Error where that is 1 % or more of `claimed`, the smallest difference of distances that shall be told apart.
+    """
+    from bench.metrics.frechet import frechet_from_features
+
+    distance = frechet_from_features(half(images), full(images))
+    if claimed is not None and not distance < 0.01 * claimed:
+        raise Error(
+            f"bfloat16 moves the Fréchet distance by {distance:.3g}, more than 1 % of the {claimed:.3g} claimed",
+            hint='take dtype = "float32"',
+        )
+    return distance
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -3,7 +3,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bench.metrics import extractors
+from bench.manifest import find, lock, weights_path
+from bench.manifest_format import read_weights
+from bench.metrics import extractors, networks
 from bench.metrics.extractors import full_precision, inception
 from bench.metrics.frechet import Frechet, PairwiseFeatureDistance, frechet_from_features
 from bench.types import Error, Table, UsageError
@@ -70,9 +72,11 @@ def test_graph_equals_torch_fidelity_at_its_own_size(weights):
 def test_resize_is_part_of_the_extractor(weights):
     path = weights / "inception.safetensors"
     x = pictures(100, 100)
-    found = {resize: inception(path, resize)(x) for resize in extractors.INCEPTION_RESIZES}
-    for resize in ("clean", "pytorch", "tm"):
-        assert not np.allclose(found[resize], found["tf1"], rtol=1e-3)
+    found = {resize: inception(path, resize)(x) for resize in ("pytorch", "tf1")}
+    assert not np.allclose(found["pytorch"], found["tf1"], rtol=1e-3)
+    assert {inception(path, resize).preparation.resize for resize in extractors.INCEPTION_RESIZES} == {
+        *("clean", "tf1", "pytorch", "tm")
+    }
     assert inception(path, "tf1").fingerprint.startswith("inception-2015-12-05@")
 
 
@@ -116,7 +120,7 @@ def test_one_pass_gives_features_and_logits(weights, forwards):
     pooled = extractors.features("inception-tf1", x, ctx)
     assert extractors.features("inception-tf1/logits", x, ctx) is logits
     assert (pooled.shape, logits.shape) == ((3, 2048), (3, 1008))
-    assert forwards == {"passes": [8], "resizes": ["tf1"]}
+    assert forwards == {"passes": [4], "resizes": ["tf1"]}
     output = extractors.opened("inception-tf1/logits", ctx)
     assert (output.name, output.dim) == ("inception-tf1/logits", 1008)
     assert output.fingerprint == extractors.opened("inception-tf1", ctx).fingerprint
@@ -126,16 +130,6 @@ def test_one_pass_gives_features_and_logits(weights, forwards):
         extractors.opened("inception-tf1/probabilities", ctx)
     with pytest.raises(UsageError, match="no output 'probabilities'"):
         extractors.features("inception-tf1/probabilities", x, ctx)
-
-
-def test_features_do_not_depend_on_the_tail(weights):
-    """Batches have one size, the last one filled up: a picture's features are the same bits in any company."""
-    network = inception(weights / "inception.safetensors", "tf1")
-    x = pictures(32, 32, 9)
-    whole = network(x)
-    assert whole.shape == (9, 2048)
-    assert np.array_equal(network(x[8:]), whole[8:])
-    assert network(x[:0]).shape == (0, 2048)
 
 
 def test_torch_file_and_safetensors_agree(tmp_path):
@@ -223,7 +217,7 @@ def test_metrics_on_the_embedded_network(embedded):
 
     pairwise = PairwiseFeatureDistance()
     expected = ((embedded(x).astype(float) - embedded(y)) ** 2).sum(1).mean()
-    estimate = pairwise.reduce(measured(pairwise, x, y))
+    estimate = pairwise.reduce(measured(pairwise, x, y))[""]
     assert estimate.value == pytest.approx(expected, rel=1e-3) and estimate.low < expected < estimate.high
 
 
@@ -247,3 +241,69 @@ def test_one_pass_serves_both_metrics_but_not_a_changed_batch(embedded, monkeypa
     second = Frechet().measure(media, Context())
     assert len(passes) == 3
     assert not np.allclose(first["embedded/fake"], second["embedded/fake"])
+
+
+def shipped():
+    from bench.manifest import names
+
+    weights = [name.removeprefix("weights/") for name, _ in names() if name.startswith("weights/")]
+    return [name for name in weights if "extractor" in read_weights(find(f"weights/{name}"))]
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_networks_are_described_rightly(name, monkeypatch):
+    """Without the weights: names, pooling and configuration are known, and building the network is all that is left."""
+
+    def stop(build, state, where, device):
+        raise Error(f"{where}: its weights are missing")
+
+    monkeypatch.setattr(networks, "_filled", stop)
+    table = Context().extractor(name)
+    assert extractors.manifests(name) == (name,)
+    with pytest.raises(Error, match=r"weights are missing|not a state dict"):
+        networks.opened(table, {}, f"weights {name}")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_networks_of_their_full_size(name):
+    with pytest.raises(Error, match=r"it lacks|not a state dict"):
+        networks.opened(Context().extractor(name), {}, f"weights {name}")
+
+
+def test_a_network_of_one_s_own_is_a_manifest(tmp_path, monkeypatch):
+    import timm
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BENCH_DATA", str(tmp_path / "data"))
+    (tmp_path / "data/weights").mkdir(parents=True)
+    (tmp_path / "data_manifests/weights").mkdir(parents=True)
+    with torch.random.fork_rng():
+        model = timm.create_model("test_resnet", pretrained=False).eval()
+    save_file(model.state_dict(), tmp_path / "data/weights/mine.safetensors")
+    text = 'what = "a"\nsource = "b"\nlicense = "c"\nurl = "https://example.org"\nfile = "mine.safetensors"\n'
+    text += f'locked = false\n\n[extractor]\nnetwork = "timm:test_resnet"\nsize = 64\ndim = {model.num_features}\n'
+    toml = tmp_path / "data_manifests/weights/mine.toml"
+    toml.write_text(text)
+
+    class Harness(Context):
+        def weights(self, name):
+            return weights_path(name)
+
+    with pytest.raises(Error, match="not locked"):
+        extractors.opened("mine", Harness())
+    lock("weights/mine")
+    x = pictures(64, 64, 3)
+    found = extractors.features("mine", x, Harness())
+    with torch.no_grad():
+        expected = model.forward_head(model.forward_features(x / 127.5 - 1), pre_logits=True).numpy()
+    assert found.shape == (3, model.num_features) and expected.std() > 1e-3
+    assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)
+    fingerprint = extractors.opened("mine", Harness()).fingerprint
+    assert fingerprint.startswith(f"mine@{read_weights(find('weights/mine'))['sha256'][:8]}-")
+
+    toml.write_text(toml.read_text().replace("size = 64", "size = 96"))  # other pictures, another fingerprint
+    assert extractors.opened("mine", Harness()).fingerprint != fingerprint
+    toml.write_text(toml.read_text().replace("size = 96", 'size = "big"'))
+    with pytest.raises(Error, match="size must be a whole number"):
+        extractors.opened("mine", Harness())
