@@ -224,9 +224,11 @@ def _polish(theta: np.ndarray, data: Data, weights: np.ndarray, loss: Loss, form
             soft = np.where(size > 0, np.minimum(1.0, now.delta / size), 1.0)
         curve = np.where(size <= now.delta, 1.0, blend[:, None] * soft) * sided
         hessian = np.matmul((j * curve[:, :, None]).transpose(0, 2, 1), j)
-        scale = np.sqrt(np.maximum(np.einsum("kii->ki", hessian), 1e-300))
+        scale = np.sqrt(np.einsum("kii->ki", hessian))
+        scale = np.maximum(scale, 1e-12 * scale.max(1, keepdims=True) + 1e-150)  # a term that has vanished stays
         scaled = hessian / (scale[:, :, None] * scale[:, None, :]) + (damp[:, None, None] + 1e-15) * np.eye(p)
-        move = -np.linalg.solve(scaled, (gradient / scale)[..., None])[..., 0] / scale
+        with np.errstate(over="ignore", invalid="ignore"):  # no curvature at all: the trial fails, the blend recovers
+            move = np.nan_to_num(-np.linalg.solve(scaled, (gradient / scale)[..., None])[..., 0] / scale)
         longest = np.abs(move).max(1, keepdims=True)
         move *= np.minimum(1.0, 3.0 / np.maximum(longest, 1e-300))
         trial = theta + move @ form.free.T
