@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from bench.metrics.sets import SetMetric, Sets, check_pair
+from bench.metrics.sets import SetMetric, Sets, check_pair, influence_error
 from bench.types import Error, Estimate, UsageError
 
 TILE = 1024  # rows of the blocks that kernels are computed in: 4 MB of float32, as fast as larger ones
@@ -24,14 +24,14 @@ FEWEST = 20  # independent rows below which a standard error is not trusted
 class Discrepancy(NamedTuple):
     """An MMD^2 (or a difference of two) and its standard error.
 
-    `effects` are the first-order effects of rows on the value, float64, centred: one array [n] for each independent
-    set, a single one for pairs. `se` is None with fewer than 20 clusters in a set; `freedom` is that of the t law.
+    `influences` are the first-order effects of rows, float64 [n] and [m], each of mean 0: the value varies as the sum
+    of their means. `se` is None with fewer than 20 clusters in a set; `freedom` is that of the t law.
     """
 
     value: float
     se: float | None
-    freedom: int
-    effects: tuple[np.ndarray, ...]
+    freedom: float
+    influences: tuple[np.ndarray, np.ndarray]
 
 
 def kid(
@@ -43,10 +43,10 @@ def kid(
 ) -> Discrepancy:
     """Kernel inception distance of features [n, d] and [m, d], from every pair of rows once: nothing is drawn.
 
-    The arithmetic has the precision of the features, the sums are float64; no n x n matrix is held. See `mmd` for
-    clusters, pairs and errors.
+    The arithmetic has the precision of the features, the sums are float64; no n x n matrix is held. `paired`: row i of
+    x and of y belong together, `clusters_x` are those of pairs. See `mmd` for what clusters do, and for errors.
     """
-    return mmd(_cubic, x, y, clusters_x, clusters_y, paired)
+    return mmd(_cubic, as_sets(x, y, clusters_x, clusters_y, paired))
 
 
 def _cubic(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -58,105 +58,86 @@ def _cubic(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return square
 
 
-def mmd(
-    kernel: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    x: np.ndarray,
-    y: np.ndarray,
-    clusters_x: Sequence[str] | None = None,
-    clusters_y: Sequence[str] | None = None,
-    paired: bool = False,
-) -> Discrepancy:
-    """Unbiased MMD^2 of [n, d] and [m, d]; kernel(a [p, d], b [q, d]) gives [p, q], symmetric in a and b.
+def mmd(kernel: Callable[[np.ndarray, np.ndarray], np.ndarray], sets: Sets) -> Discrepancy:
+    """Unbiased MMD^2 of two sets; kernel(a [p, d], b [q, d]) gives [p, q], symmetric in a and b.
 
-    Pairs of rows that depend on one another are left out, as they would bias the value: a row with itself, rows that
-    share a cluster, and, if `paired` (row i of x belongs to row i of y), x_i with its own y_i; `clusters_x` then names
-    clusters of pairs. The standard error is the closed form of a U-statistic: the spread of the rows' effects (summed
-    over clusters), and for independent rows the second-order term t, which is all there is when both sets have one
-    law: V = max(V1 - 4 t_xx/n^2 - 4 t_yy/m^2 - 8 t_xy/nm, 0) + 2 t_xx/n^2 + 2 t_yy/m^2 + 4 t_xy/nm. With clusters t
-    is not taken out of V1, which near zero makes the error up to sqrt 2 too large.
-    Raises Error naming the fault of the features, and where clusters leave no pair.
+    Rows that share a cluster, in one set or across the two (the halves of a pair), depend on one another; so does a
+    row on itself. The kernel of such two is left out, as it would bias the value. The standard error is the closed form
+    of a U-statistic: the spread of the influences, by cluster, and, if all rows are independent, the second-order term
+    t, which is all there is when both sets have one law:
+    V = max(V1 - 4 t_xx/n^2 - 4 t_yy/m^2 - 8 t_xy/nm, 0) + 2 t_xx/n^2 + 2 t_yy/m^2 + 4 t_xy/nm. With clusters V = V1,
+    near zero up to sqrt 2 too large an error. Raises Error where clusters leave no two rows of a set.
     """
-    x, y = check_pair(x, y)
+    x, y = sets.generated, sets.reference
     n, m = len(x), len(y)
-    if paired:
-        if n != m:
-            raise Error(f"pairs need sets of one shape, not {list(x.shape)} and {list(y.shape)}")
-        if clusters_y is not None and list(clusters_y) != list(clusters_x or ()):
-            raise Error("pairs have one list of clusters, not two")
-
-        def both(i: slice, j: slice) -> np.ndarray:
-            h = kernel(x[i], x[j])
-            h += kernel(y[i], y[j])
-            h -= kernel(x[i], y[j])
-            h -= kernel(y[i], x[j])
-            return h
-
-        labels = _labels(clusters_x, n)
-        own = _within(both, labels)
-        return _finish(own.mean, [2.0 * own.effects], [labels], 2.0 * own.second)
-    labels_x, labels_y = _labels(clusters_x, n), _labels(clusters_y, m)
-    xx = _within(lambda i, j: kernel(x[i], x[j]), labels_x)
-    yy = _within(lambda i, j: kernel(y[i], y[j]), labels_y)
+    labels_x, labels_y = _labels(sets)
+    xx = _within(lambda i, j: kernel(x[i], x[j]), labels_x, "generated")
+    yy = _within(lambda i, j: kernel(y[i], y[j]), labels_y, "reference")
     rows, columns, squares = np.zeros(n), np.zeros(m), 0.0
     for i in _blocks(n):
         for j in _blocks(m):
-            k = kernel(x[i], y[j])
+            k = _apart(kernel(x[i], y[j]), labels_x[i], labels_y[j])
             rows[i] += k.sum(1, dtype=np.float64)
             columns[j] += k.sum(0, dtype=np.float64)
             squares += _sum_of_squares(k)
-    rows, columns = rows / m, columns / n
-    mean = float(rows.mean())
-    second_xy = (squares / (n * m) - (rows @ rows) / n - (columns @ columns) / m + mean**2) / (n * m)
-    return _finish(
-        xx.mean + yy.mean - 2.0 * mean,
-        [2.0 * (xx.effects - (rows - mean) / n), 2.0 * (yy.effects - (columns - mean) / m)],
-        [labels_x, labels_y],
-        2.0 * xx.second + 2.0 * yy.second + 4.0 * second_xy,
-    )
+    size = max(labels_x.max(), labels_y.max()) + 1
+    partners_x = m - np.bincount(labels_y, minlength=size)[labels_x]
+    partners_y = n - np.bincount(labels_x, minlength=size)[labels_y]
+    pairs = int(partners_x.sum())
+    if pairs == 0:
+        raise Error("every generated row shares a cluster with every reference row")
+    mean = float(rows.sum() / pairs)
+    value = xx.mean + yy.mean - 2.0 * mean
+    of_x = 2.0 * (xx.influence - n * (rows - mean * partners_x) / pairs)
+    of_y = 2.0 * (yy.influence - m * (columns - mean * partners_y) / pairs)
+    second = 0.0
+    if size == n + m:  # all rows independent
+        t_xy = squares / pairs - (rows @ rows) / n / m**2 - (columns @ columns) / m / n**2 + mean**2
+        second = 2.0 * xx.t / n**2 + 2.0 * yy.t / m**2 + 4.0 * t_xy / pairs
+    return finish(value, of_x, of_y, sets, second)
 
 
 class _Within(NamedTuple):
-    """Of a symmetric kernel within one set: its mean over pairs, half of each row's effect on that, and t / n^2."""
-
-    mean: float
-    effects: np.ndarray
-    second: float
+    mean: float  # of a symmetric kernel over the pairs of one set
+    influence: np.ndarray  # half of that on the mean
+    t: float  # variance of the kernel beyond what either row explains
 
 
-def _within(tile: Callable[[slice, slice], np.ndarray], labels: np.ndarray) -> _Within:
-    """Over all pairs of rows whose labels differ; tile(i, j) gives the kernel of two blocks of rows."""
+def _within(tile: Callable[[slice, slice], np.ndarray], labels: np.ndarray, which: str) -> _Within:
     n = len(labels)
     rows, squares = np.zeros(n), 0.0
     blocks = _blocks(n)
     for p, i in enumerate(blocks):
         for j in blocks[p:]:
-            k = tile(i, j)
-            if labels[i].max() >= labels[j].min() and labels[j].max() >= labels[i].min():
-                k[labels[i][:, None] == labels[j]] = 0.0
+            k = _apart(tile(i, j), labels[i], labels[j])
             rows[i] += k.sum(1, dtype=np.float64)
             squares += _sum_of_squares(k) * (1 if i == j else 2)
             if i != j:
                 rows[j] += k.sum(0, dtype=np.float64)
-    counts = (n - np.bincount(labels)[labels]).astype(np.float64)  # partners of each row
-    pairs = counts.sum()
+    partners = n - np.bincount(labels)[labels]
+    pairs = int(partners.sum())
     if pairs == 0:
-        raise Error(f"all {n} rows share one cluster: no two of them are independent")
+        raise Error(f"all {n} rows of the {which} set share one cluster: no two are independent")
     mean = float(rows.sum() / pairs)
-    second = (squares / pairs - 2.0 * (rows @ rows) / n / (n - 1) ** 2 + mean**2) / n**2
-    return _Within(mean, (rows - mean * counts) / pairs, second)
+    t = squares / pairs - 2.0 * (rows @ rows) / n / (n - 1) ** 2 + mean**2
+    return _Within(mean, n * (rows - mean * partners) / pairs, t)
 
 
-def _finish(value: float, effects: list[np.ndarray], labels: list[np.ndarray], second: float) -> Discrepancy:
-    """Value and standard error; `second` is the variance that second-order terms add, known for independent rows."""
-    clusters = [int(found.max()) + 1 for found in labels]
-    if any(c < len(found) for c, found in zip(clusters, labels, strict=True)):
-        second = 0.0
-    spread = 0.0
-    for effect, found, c in zip(effects, labels, clusters, strict=True):
-        sums = np.bincount(found, weights=effect)
-        spread += c / (c - 1) * float(sums @ sums)
-    se = float(np.sqrt(max(spread - second, second, 0.0))) if min(clusters) >= FEWEST else None
-    return Discrepancy(float(value), se, min(clusters) - 1, tuple(effects))
+def _apart(k: np.ndarray, of_rows: np.ndarray, of_columns: np.ndarray) -> np.ndarray:
+    """A block of kernels, in place 0 where row and column share a cluster."""
+    if of_rows.max() >= of_columns.min() and of_columns.max() >= of_rows.min():
+        k[of_rows[:, None] == of_columns] = 0.0
+    return k
+
+
+def finish(value: float, of_x: np.ndarray, of_y: np.ndarray, sets: Sets, second: float) -> Discrepancy:
+    """Value and standard error; `second` is the variance that second-order terms add, 0 where it is not known."""
+    found = influence_error(sets, of_x, of_y)
+    fewest = min(len(set(names)) for names in (sets.generated_clusters, sets.reference_clusters))
+    if found is None or fewest < FEWEST:
+        return Discrepancy(float(value), None, 0.0, (of_x, of_y))
+    error, freedom = found
+    return Discrepancy(float(value), float(np.sqrt(max(error**2 - second, second, 0.0))), freedom, (of_x, of_y))
 
 
 def kid_difference(
@@ -167,31 +148,24 @@ def kid_difference(
     clusters_y: Sequence[str] | None = None,
     paired: bool = False,
 ) -> Discrepancy:
-    """KID(a, y) - KID(b, y) of two checkpoints' features [n, d], row i of both from one seed and prompt.
+    """KID(b, y) - KID(a, y) of two checkpoints' features [n, d], row i of both from one seed and prompt.
 
-    See `mmd_difference`; `paired`: y_i is the original of a_i and of b_i.
+    `paired`: y_i is the original of a_i and of b_i. See `mmd_difference`.
     """
-    return mmd_difference(
-        kid(a, y, clusters, clusters_y, paired), kid(b, y, clusters, clusters_y, paired), clusters, clusters_y
-    )
+    return mmd_difference(_cubic, *(as_sets(rows, y, clusters, clusters_y, paired) for rows in (a, b)))
 
 
-def mmd_difference(
-    first: Discrepancy,
-    second: Discrepancy,
-    clusters: Sequence[str] | None = None,
-    clusters_y: Sequence[str] | None = None,
-) -> Discrepancy:
-    """first - second, two distances to the same reference whose rows correspond: what a row shares cancels.
+def mmd_difference(kernel: Callable[[np.ndarray, np.ndarray], np.ndarray], a: Sets, b: Sets) -> Discrepancy:
+    """The MMD^2 of b less that of a, to the same reference: what corresponding rows share cancels in the error.
 
-    The standard error sums the differences of effects by cluster; the second-order term stays in, so that between
-    equal models it is up to sqrt 2 too large. Raises Error where the rows do not correspond.
+    The second-order term stays in the error, which between equal models is up to sqrt 2 too large. Raises Error where
+    the rows do not correspond.
     """
-    if [len(e) for e in first.effects] != [len(e) for e in second.effects]:
-        raise Error("the two distances are not of the same rows", hint="compare checkpoints on the items they share")
-    effects = [a - b for a, b in zip(first.effects, second.effects, strict=True)]
-    labels = [_labels(names, len(e)) for names, e in zip((clusters, clusters_y), effects, strict=False)]
-    return _finish(first.value - second.value, effects, labels, 0.0)
+    if a.generated.shape != b.generated.shape or not np.array_equal(a.reference, b.reference):
+        raise Error("the sets do not correspond row by row", hint="compare checkpoints on the items they share")
+    of_a, of_b = mmd(kernel, a), mmd(kernel, b)
+    influences = [own - other for own, other in zip(of_b.influences, of_a.influences, strict=True)]
+    return finish(of_b.value - of_a.value, *influences, b, 0.0)
 
 
 class Subsets(NamedTuple):
@@ -225,8 +199,9 @@ def kid_subsets(x: np.ndarray, y: np.ndarray, subsets: int = 100, size: int = 10
     return Subsets(float(found.mean()), float(found.std()))
 
 
-def estimate(found: Discrepancy, n: int, scale: float = 1.0) -> Estimate:
+def estimate(found: Discrepancy, scale: float = 1.0) -> Estimate:
     """The value with its t interval, times `scale`; a note says where there is none."""
+    n = sum(map(len, found.influences))
     if found.se is None:
         note = f"no interval: fewer than {FEWEST} independent rows in a set"
         return Estimate(scale * found.value, n=n, note=note)
@@ -238,14 +213,34 @@ def estimate(found: Discrepancy, n: int, scale: float = 1.0) -> Estimate:
     )
 
 
-def _labels(clusters: Sequence[str] | None, n: int) -> np.ndarray:
-    """int64 [n]: the number of each row's cluster, every number used."""
-    if clusters is None:
-        return np.arange(n)
-    if len(clusters) != n:
-        raise Error(f"{n} rows have {len(clusters)} clusters")
-    names: dict[str, int] = {}
-    return np.array([names.setdefault(c, len(names)) for c in clusters], np.int64)
+def as_sets(
+    x: np.ndarray,
+    y: np.ndarray,
+    clusters_x: Sequence[str] | None = None,
+    clusters_y: Sequence[str] | None = None,
+    paired: bool = False,
+) -> Sets:
+    """Checked features as sets; rows without clusters are independent. Raises Error naming what does not fit."""
+    x, y = check_pair(x, y)
+    if paired and len(x) != len(y):
+        raise Error(f"{len(x)} and {len(y)} rows are no pairs")
+    if paired and clusters_y is not None:
+        raise Error("pairs have one list of clusters, not two")
+    names_x = [f"x{i}" for i in range(len(x))] if clusters_x is None else list(clusters_x)
+    names_y = names_x if paired else [f"y{i}" for i in range(len(y))] if clusters_y is None else list(clusters_y)
+    for rows, names in ((x, names_x), (y, names_y)):
+        if len(names) != len(rows):
+            raise Error(f"{len(rows)} rows have {len(names)} clusters")
+    return Sets(x, y, paired, names_x, names_y)
+
+
+def _labels(sets: Sets) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [n] and [m]: the numbers of the rows' clusters, in order of appearance, every number used."""
+    numbers: dict[str, int] = {}
+    return tuple(
+        np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
+        for names in (sets.generated_clusters, sets.reference_clusters)
+    )
 
 
 def _blocks(n: int) -> list[slice]:
@@ -268,24 +263,15 @@ class KID(SetMetric):
 
     family = "kid"
 
-    def estimates(self, sets: Sets):
-        n = num_rows(sets)
+    def estimates(self, sets):
         if self.protocol == "subsets":
             found = kid_subsets(sets.generated, sets.reference)
             note = f"spread over 100 subsets of 1,000: {found.spread:.3g}, not an error of the value"
-            return {"": Estimate(found.mean, n=n, note=note)}
-        return {"": estimate(distance_of(_cubic, sets), n)}
+            return {"": Estimate(found.mean, note=note)}
+        return {"": estimate(mmd(_cubic, sets))}
+
+    def difference(self, a, b):
+        return {} if self.protocol == "subsets" else {"": estimate(mmd_difference(_cubic, a, b))}
 
     def settings(self):
         return f"{self.protocol}|degree:3|gamma:1/d|coef0:1|scale:1|"
-
-
-def distance_of(kernel: Callable[[np.ndarray, np.ndarray], np.ndarray], sets: Sets) -> Discrepancy:
-    """`mmd` of a metric's sets."""
-    reference_clusters = None if sets.paired else sets.reference_clusters
-    return mmd(kernel, sets.generated, sets.reference, sets.generated_clusters, reference_clusters, sets.paired)
-
-
-def num_rows(sets: Sets) -> int:
-    """Rows of the table that both sets come from."""
-    return len(sets.generated) + (0 if sets.paired else len(sets.reference))
