@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from bench.stats import num_clusters, paired_difference
 from bench.store import Run
-from bench.types import Error
+from bench.types import Error, Estimate, Score, Table
 
 MOVERS = 5
+SIZES = re.compile(r"\|[nm]:\d+")  # of a signature: how many rows, which need not be equal
+REFERENCE = "reference"  # what the column `side` says of rows that no model made
 
 
 @dataclass(frozen=True)
 class Difference:
-    """b - a in one metric; without an interval where the metric is no mean over items."""
+    """b - a in one metric; without an interval where nothing tells its error."""
 
     metric: str
     a: float | None
@@ -23,6 +29,8 @@ class Difference:
     high: float | None
     n: int
     verdict: str
+    method: str = ""
+    gain: float | None = None  # variance of the difference of independent runs over that of this one
 
 
 @dataclass(frozen=True)
@@ -37,9 +45,10 @@ class Comparison:
 
 
 def compare(a: Run, b: Run) -> Comparison:
-    """Paired differences b - a over the items that both measured.
+    """Differences b - a: paired over the items that both measured, else of two independent estimates.
 
-    Raises Error when the runs cannot be compared: other suite, version, parameters or data, or no shared item.
+    Raises Error when the runs cannot be compared: other suite, version, parameters, data or signatures, or no shared
+    item.
     """
     for what in ("suite", "suite_version", "fields", "data"):
         x, y = a.spec.get(what), b.spec.get(what)
@@ -51,56 +60,119 @@ def compare(a: Run, b: Run) -> Comparison:
                 f"the runs differ in {what.replace('_', ' ')}: {_brief(x)} and {_brief(y)}",
                 hint="score both models with the same suite, parameters and data",
             )
-    rows_a = {row["item"]: row for row in a.table().rows}
-    rows_b = {row["item"]: row for row in b.table().rows}
+    other = {s.metric: s for s in b.scores() if s.slice == "all"}
+    scores = [(s, other[s.metric]) for s in a.scores() if s.slice == "all" and s.metric in other]
+    for x, y in scores:
+        if protocol_of(x.signature) != protocol_of(y.signature):
+            raise Error(
+                f"the runs differ in how {x.metric} was measured: {x.signature} and {y.signature}",
+                hint="score both models again with the same versions and weights",
+            )
+    table_a, table_b = a.table(), b.table()
+    rows_a, rows_b = ({row["item"]: row for row in table.rows} for table in (table_a, table_b))
     items = sorted(rows_a.keys() & rows_b.keys())
     if not items:
         raise Error("the runs share no item", hint="bench show RUN tells what each measured")
+    whole = len(items) == len(rows_a) == len(rows_b)
     clusters = [str(rows_a[i].get("cluster") or i) for i in items]
-    other = {s.metric: s for s in b.scores() if s.slice == "all"}
+    names = a.meta["model"], b.meta["model"]
+    of_sets = set_differences(a, table_a, table_b) if len(scores) else {}
     differences, movers = [], {}
-    for score in a.scores():
-        twin = other.get(score.metric)
-        if score.slice != "all" or twin is None:
-            continue
+    for score, twin in scores:
         x, y = ([rows[i].get(score.metric) for i in items] for rows in (rows_a, rows_b))
-        same = score.signature == twin.signature
-        if same and any(isinstance(v, (int, float)) for v in x):
+        if any(isinstance(v, (int, float)) for v in x):
             both = [k for k in range(len(items)) if x[k] is not None and y[k] is not None]
             pairs = [(items[k], float(x[k]), float(y[k])) for k in both]
-            d = paired_difference(
-                [p[2] for p in pairs], [p[1] for p in pairs], [clusters[k] for k in both], seed=a.spec["seed"]
-            )
-            mean_a, mean_b = (sum(p[side] for p in pairs) / len(pairs) if pairs else None for side in (1, 2))
-            verdict = _verdict(d.low, d.high, score.better, a.meta["model"], b.meta["model"])
-            differences.append(Difference(score.metric, mean_a, mean_b, d.value, d.low, d.high, d.n, verdict))
+            sides = [p[2] for p in pairs], [p[1] for p in pairs]
+            found = paired_difference(*sides, [clusters[k] for k in both], seed=a.spec["seed"])
+            values = [sum(p[side] for p in pairs) / len(pairs) if pairs else None for side in (1, 2)]
             if score.better == "higher":
                 movers[score.metric] = sorted(pairs, key=lambda p: (-abs(p[2] - p[1]), p[0]))[:MOVERS]
         else:
-            value = twin.value - score.value if same and None not in (score.value, twin.value) else None
-            verdict = "signatures equal" if same else f"signatures differ: {score.signature} and {twin.signature}"
-            differences.append(
-                Difference(score.metric, score.value, twin.value, value, None, None, min(score.n, twin.n), verdict)
-            )
+            found = of_sets.get(score.metric)
+            values = [score.value, twin.value] if found is None or whole else [None, None]  # of other rows
+            found = found or independent(score, twin)
+        gain = _gain(score, twin, found) if whole and found.method != INDEPENDENT else None
+        verdict = _verdict(found, score.better, *names)
+        differences.append(
+            Difference(score.metric, *values, found.value, found.low, found.high, found.n, verdict, found.method, gain)
+        )
+    own = [i for i in items if rows_a[i].get("side") != REFERENCE]
     return Comparison(
-        a.meta["model"],
-        b.meta["model"],
-        len(items),
-        num_clusters(clusters),
+        *names,
+        len(own),
+        num_clusters([str(rows_a[i].get("cluster") or i) for i in own]),
         a.spec["seed"] == b.spec["seed"],
         tuple(differences),
         dict(list(movers.items())[:1]),
     )
 
 
-def _verdict(low: float | None, high: float | None, better: str, a: str, b: str) -> str:
-    if low is None or high is None:
-        return "no interval"
-    if low <= 0 <= high:
-        return "not distinguishable"
+INDEPENDENT = "independent"
+
+
+def set_differences(run: Run, a: Table, b: Table) -> dict[str, Estimate]:
+    """b - a of the scores that compare sets of features, on the rows that both tables have; `run` knows its suite.
+
+    A score is absent where its metric has no paired difference, and where the suite is not at hand.
+    """
+    from bench.execution import suite_of
+    from bench.metrics.sets import matched_sets
+
+    try:
+        metrics: tuple[Any, ...] = suite_of(run).metrics
+    except Error:  # of a package or a file that is not here
+        return {}
+    found: dict[str, Estimate] = {}
+    for metric in metrics:
+        if not hasattr(metric, "difference"):
+            continue
+        try:
+            parts: Mapping[str, Estimate] = metric.difference(*matched_sets(a, b, metric.extractor))
+        except (KeyError, Error):  # a run without these features, or too few rows shared
+            continue
+        found |= {f"{metric.name}.{part}" if part else metric.name: e for part, e in parts.items()}
+    return found
+
+
+def independent(a: Score, b: Score) -> Estimate:
+    """b - a of two estimates whose errors are taken to be independent; no value where the sizes of sets would decide.
+
+    Their half-widths add in squares. What both share, a reference, makes this wider than need be.
+    """
+    if a.value is None or b.value is None:
+        return Estimate(None)
+    n = min(a.n, b.n)
+    if None in (a.low, a.high, b.low, b.high):
+        same = a.signature == b.signature
+        return Estimate(b.value - a.value if same else None, n=n, note="" if same else "the sets differ in size")
+    half = math.hypot((a.high - a.low) / 2, (b.high - b.low) / 2)
+    value = b.value - a.value
+    return Estimate(value, value - half, value + half, INDEPENDENT, n)
+
+
+def protocol_of(signature: str) -> str:
+    """A signature without the sizes of its sets."""
+    return SIZES.sub("", signature)
+
+
+def _gain(a: Score, b: Score, found: Estimate) -> float | None:
+    """How many times fewer samples the paired difference needs than independent runs would."""
+    apart = independent(a, b)
+    if None in (apart.low, found.low) or found.high <= found.low:
+        return None
+    return ((apart.high - apart.low) / (found.high - found.low)) ** 2
+
+
+def _verdict(found: Estimate, better: str, a: str, b: str) -> str:
+    if found.low is None or found.high is None:
+        return found.note or "no interval"
+    how = ", unpaired" if found.method == INDEPENDENT else ""
+    if found.low <= 0 <= found.high:
+        return f"not distinguishable{how}"
     if better == "none":
-        return f"{b} {'higher' if low > 0 else 'lower'}"
-    return f"{b if (low > 0) == (better == 'higher') else a} better"
+        return f"{b} {'higher' if found.low > 0 else 'lower'}{how}"
+    return f"{b if (found.low > 0) == (better == 'higher') else a} better{how}"
 
 
 def _brief(value: object) -> str:

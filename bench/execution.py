@@ -207,6 +207,7 @@ def carry_out(
             limit=limit,
             seed=seed,
             spec_digest=digest(plan.spec),
+            shared_digest="" if fresh else digest({k: v for k, v in plan.spec.items() if not k.startswith("adapter")}),
             run_id=run_id(plan.spec, plan.label),
             kept=_kept(how.keep, plan),
             how=replace(how, devices=",".join(devices)),
@@ -309,7 +310,7 @@ def _check_items(run: Run, table: Any) -> None:
 
 def _set_digest(ids: Iterable[str]) -> str:
     """Of a set of items in any order, repeats counted."""
-    from bench.metrics.frechet import digest_of
+    from bench.metrics.moments import digest_of
 
     return f"{digest_of(ids):032x}"
 

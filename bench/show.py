@@ -254,8 +254,9 @@ def print_comparison(comparison: Any) -> None:
     for d in comparison.differences:
         sign = "+" if d.value is not None and d.value > 0 else ""
         rows.append([d.metric, number(d.a, d.low, d.high), number(d.b, d.low, d.high),
-                     sign + number(d.value, d.low, d.high), interval(d.low, d.high), d.verdict])  # fmt: skip
-    print(columns(["metric", a, b, "difference", "95 %", ""], rows))
+                     sign + number(d.value, d.low, d.high), interval(d.low, d.high),
+                     "" if d.gain is None else f"{d.gain:.3g}x", d.verdict])  # fmt: skip
+    print(columns(["metric", a, b, "difference", "95 %", "paired gain", ""], rows))
     for metric, movers in comparison.movers.items():
         print(f"\nlargest differences in {metric}")
         print(columns(["item", a, b, "difference"], [[i, _cell(x), _cell(y), _cell(y - x)] for i, x, y in movers]))

@@ -5,6 +5,7 @@
                      extra/*.jsonl     what was measured later
                      scores.csv        derived; may be deleted
 <root>/blobs/ab/cdef....png            media and features, by SHA-256
+<root>/shared/ab/cdef....json          what units without a model gave, by all that decides it; may be deleted
 <root>/fingerprints.json               digests of weights and pictures, remembered
 """
 
@@ -139,6 +140,25 @@ class Store:
         if digest(data) != address[:64]:
             raise Error(f"blob {address} is damaged", hint=f"remove {path} and measure its unit again")
         return data
+
+    # -- what no model takes part in
+
+    def recall(self, address: str) -> dict[str, Any] | None:
+        """The rows and blobs that `remember` kept; None where they are missing or damaged."""
+        try:
+            value = parse_line(self._shared(address).read_bytes().rstrip(b"\n"))
+        except OSError:
+            return None
+        return value if value and all(self.path(a).is_file() for a in value["blobs"].values()) else None
+
+    def remember(self, address: str, rows: Sequence[Mapping[str, Json]], blobs: Mapping[str, str]) -> None:
+        """Keeps what a unit gave under a digest of all that decides it."""
+        path = self._shared(address)
+        door.make_folder(path.parent)
+        door.replace(path, line({"rows": list(rows), "blobs": dict(blobs)}))
+
+    def _shared(self, address: str) -> Path:
+        return self.root / "shared" / address[:2] / f"{address[2:]}.json"
 
     # -- digests of files, remembered
 

@@ -67,6 +67,12 @@ class Metric(Protocol):
         Raises Error where their weights are missing: that stops the run.
         """
 
+    def identity(self, ctx: Context) -> str:
+        """Which networks `measure` uses, by fingerprint; may be left out where `prepare` is.
+
+        Shared units of a suite whose metric has `prepare` alone are measured again for every model.
+        """
+
     def measure(self, media: Media, ctx: Context) -> Mapping[str, Sequence[Any] | np.ndarray]:
         """Lists of length B become columns of the rows; float arrays [B, d] become features."""
 

@@ -66,6 +66,7 @@ class Unit:
     items: tuple[str, ...]  # manifest ids it covers; one row each
     params: Mapping[str, Json] = field(default_factory=dict)  # what else decides the outcome
     cost: float = 1.0  # relative; for the order and the remaining time
+    shared: bool = False  # the model takes no part: what one run measured serves every model
 
 
 @dataclass(frozen=True)

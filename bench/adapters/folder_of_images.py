@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class FolderOfImages:
-    """The pictures below a folder, named by their relative paths; hidden names and files of other kinds are passed over.
+    """The pictures below a folder, named by their relative paths; hidden names and other files are passed over.
 
     `prompts` is a CSV file with the columns name, prompt and perhaps seed, which makes the folder a text-to-image
     model for these prompts: of several pictures of one prompt, the seed says which. The identity is that of the files:

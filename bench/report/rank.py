@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from bench import stats
+from bench.compare import protocol_of, set_differences
 from bench.report.collect import Cell, Collection
 from bench.types import Estimate, Score, Table
 
@@ -20,11 +21,12 @@ class Differences:
         self.found = found
         self.pairs: dict[tuple[str, str, str], Estimate] = {}  # (column, run a, run b) -> a - b
         self._rows: dict[str, _Rows | None] = {}
+        self._of_sets: dict[tuple[str, str], dict[str, Estimate]] = {}  # (run a, run b) -> score -> a - b
 
     def distinct(self, column: str, a: Cell, b: Cell) -> bool:
         """Is the difference of two scores sure? Intervals that do not touch settle it: the standard error of a
-        difference is at most the sum of both. Otherwise the paired interval over shared items decides; where there are
-        no rows (a Fréchet distance), overlapping or absent intervals leave the pair tied."""
+        difference is at most the sum of both. Otherwise the paired interval over shared items decides, of rows or of
+        sets of features; where there is none, overlapping or absent intervals leave the pair tied."""
         if None not in (a.score.low, a.score.high, b.score.low, b.score.high) and (
             a.score.high < b.score.low or b.score.high < a.score.low
         ):
@@ -33,7 +35,7 @@ class Differences:
             a, b = b, a
         key = (column, a.score.run, b.score.run)
         if key not in self.pairs:
-            found = self._paired(a, b) or self.found.pairs.get(key)
+            found = self._paired(a, b) or self._sets(a, b) or self.found.pairs.get(key)
             if found is None:
                 return False
             self.pairs[key] = found
@@ -54,6 +56,16 @@ class Differences:
         shared = [i for i, key in enumerate(first.keys) if key in places]
         sides = values[0][shared], values[1][[places[first.keys[i]] for i in shared]]
         return stats.paired_difference(*sides, [first.clusters[i] for i in shared], a.facts.seed)
+
+    def _sets(self, a: Cell, b: Cell) -> Estimate | None:
+        """The paired difference of a score of two sets of features, which has no rows of its own."""
+        runs = [self.found.runs.get(c.score.run) for c in (a, b)]
+        if None in runs or a.score.slice != "all" or protocol_of(a.score.signature) != protocol_of(b.score.signature):
+            return None
+        key = (a.score.run, b.score.run)
+        if key not in self._of_sets:
+            self._of_sets[key] = set_differences(runs[0], runs[1].table(), runs[0].table())
+        return self._of_sets[key].get(a.score.metric)
 
     def _load(self, run_id: str) -> _Rows | None:
         if run_id not in self._rows:

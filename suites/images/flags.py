@@ -31,13 +31,15 @@ def overlap(sides: Sequence[str], contents: Sequence[str]) -> dict[str, int]:
 
 
 def sentences(rows: Sequence[Mapping[str, object]], size: int | None) -> list[str]:
-    """What a reader of any distance between the two sets must know; empty where there is nothing.
+    """What a reader of any distance between the two sets must know; empty where there is nothing, or no two sets.
 
     Rows hold `side`, `format` (or None), `width`, `height` in px as stored, and `content`; `size` in px is what both
     sets were brought to, or None.
     """
     found = []
     sets = {side: [row for row in rows if row["side"] == side] for side in SIDES}
+    if not all(sets.values()):
+        return []
     formats = {side: Counter(str(r["format"]) for r in part if r["format"]) for side, part in sets.items()}
     if all(formats.values()) and (
         formats[GENERATED].keys() != formats[REFERENCE].keys() or any(len(f) > 1 for f in formats.values())
@@ -72,7 +74,7 @@ def _sizes(sizes: set[tuple[object, object]]) -> str:
     if len(sizes) == 1:
         return "{}x{} px".format(*next(iter(sizes)))
     low, high = (pick(sizes, key=lambda s: (s[0] * s[1], s)) for pick in (min, max))
-    return f"{len(sizes):,} sizes from {low[0]}x{low[1]} to {high[0]}x{high[1]} px" if sizes else "no size"
+    return f"{len(sizes):,} sizes from {low[0]}x{low[1]} to {high[0]}x{high[1]} px"
 
 
 def _resized(row: Mapping[str, object], size: int) -> bool:

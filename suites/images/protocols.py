@@ -28,8 +28,8 @@ class Protocol:
     kid: str = ""
     kid_protocol: Literal["all-pairs", "subsets"] = "all-pairs"  # or torch-fidelity's 100 subsets of 1,000
     prdc: str = ""
-    neighbour: int = 5  # k
-    inside: Literal["<", "<="] = "<"  # is a point on the sphere inside? prdc's convention, or torch-fidelity's
+    k: int = 5  # neighbours
+    radius: Literal["<", "<="] = "<"  # is a point on the sphere inside? prdc's convention, or torch-fidelity's
     cmmd: str = ""
     inception_score: str = ""
     splits: str = "hash"
@@ -84,20 +84,19 @@ PRESETS: dict[str, Protocol] = {
             kid="inception-tf1",
             kid_protocol="subsets",
             prdc="inception-tf1",
-            neighbour=3,
-            inside="<=",
+            k=3,
+            radius="<=",
             inception_score="inception-tf1",
             splits="torch-fidelity",
         ),
         Protocol(
             name="adm",
             source="openai/guided-diffusion, evaluations/evaluator.py",
-            departs="sFID is not reported; the peer's distances for precision and recall are float16, its graph runs in "
-            "TensorFlow",
+            departs="sFID is not reported; the peer's graph runs in TensorFlow, distances for precision in float16",
             frechet="inception-tf1",
             prdc="inception-tf1",
-            neighbour=3,
-            inside="<=",
+            k=3,
+            radius="<=",
             inception_score="inception-tf1",
             splits="guided-diffusion",
         ),

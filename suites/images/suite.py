@@ -76,7 +76,7 @@ class Images(Suite):
             (flags.REFERENCE, reference.chunks(self.chunk)),
         ):
             for i, ids in enumerate(chunks):
-                yield Unit(f"{side}/{i:04d}", tuple(ids), {"side": side}, cost=len(ids))
+                yield Unit(f"{side}/{i:04d}", tuple(ids), {"side": side}, len(ids), shared=side == flags.REFERENCE)
 
     def run(self, unit: Unit, model: Any, ctx: Any) -> Iterator[tuple[list[str], Mapping[str, Any]]]:
         import torch
