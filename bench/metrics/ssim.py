@@ -1,4 +1,7 @@
-"""SSIM in the four flavours that papers mix up, and MS-SSIM; one number per picture, float64 throughout.
+"""SSIM in the four flavours that papers mix up, and MS-SSIM; one number per picture.
+
+On a CPU the mean over an 8-bit picture is filtered in float32: within 3e-7 of float64 on photographs, and within 5e-6
+on noisy black and white. Everything else is float64.
 
 SSIM: Wang et al. 2004 (10.1109/TIP.2003.819861). MS-SSIM: Wang, Simoncelli and Bovik 2003 (10.1109/ACSSC.2003.1292216).
 """
@@ -32,7 +35,7 @@ CANONICAL = "gauss11_valid"
 SIGMA = 1.5
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 TILE = 32  # rows and columns per matrix product: more is wasted work, less is wasted calls
-WIDE = 8  # column tiles filtered at once, so that the maps stay in cache
+WIDE = 20  # column tiles filtered at once, so that the maps stay in cache
 
 
 def ssim(x: Any, y: Any, flavour: str = CANONICAL, data_range: float | None = None) -> np.ndarray:
@@ -59,10 +62,10 @@ def ssim_map(x: Any, y: Any, flavour: str = CANONICAL, data_range: float | None 
     batch, channels, height, width = x.shape
     edge = shape.window - 1
     out = torch.empty(batch * channels, height - edge, width - edge, dtype=torch.float64, device=x.device)
-    for plane, row, column, values, _ in _tiles(x, y, shape, data_range, with_contrast=False):
-        out[plane : plane + values.shape[1], row : row + len(values), column : column + values.shape[2]] = (
-            values.transpose(0, 1)
-        )
+    for plane, row, column, values, _ in _tiles(x.double(), y.double(), shape, data_range, with_contrast=False):
+        tiles, rows, planes, columns = values.shape
+        place = slice(plane, plane + planes), slice(row, row + rows), slice(column, column + tiles * columns)
+        out[place] = values.permute(2, 1, 0, 3).reshape(planes, rows, tiles * columns)
     return out.reshape(batch, channels, *out.shape[1:]), 0 if shape.border == "reflect" else edge // 2
 
 
@@ -89,12 +92,17 @@ def ms_ssim(x: Any, y: Any, data_range: float | None = None) -> np.ndarray:
     return product.mean(1).cpu().numpy()
 
 
+def _known(flavour: str) -> Flavour:
+    if flavour not in FLAVOURS:
+        raise UsageError(f"SSIM flavour {flavour!r} is not one of {', '.join(FLAVOURS)}")
+    return FLAVOURS[flavour]
+
+
 def _prepare(x: Any, y: Any, flavour: str, data_range: float | None) -> tuple[Any, Any, float]:
     """Tensors of one shape, pooled or reflected as the flavour says, and the range."""
     import torch
 
-    if flavour not in FLAVOURS:
-        raise UsageError(f"SSIM flavour {flavour!r} is not one of {', '.join(FLAVOURS)}")
+    shape = _known(flavour)
     x, y = (torch.from_numpy(np.ascontiguousarray(v)) if isinstance(v, np.ndarray) else v for v in (x, y))
     same_shape(x, y)
     if x.dim() != 4:
@@ -103,7 +111,6 @@ def _prepare(x: Any, y: Any, flavour: str, data_range: float | None) -> tuple[An
         if x.dtype != torch.uint8 or y.dtype != torch.uint8:
             raise UsageError("SSIM of floats needs a data_range", hint="2.0 for pictures in [-1, 1], 1.0 for [0, 1]")
         data_range = 255.0
-    shape = FLAVOURS[flavour]
     if shape.pool and (factor := max(1, round(min(x.shape[-2:]) / 256))) > 1:
         x, y = (torch.nn.functional.avg_pool2d(v.double(), factor) for v in (x, y))
     if min(x.shape[-2:]) < shape.window:
@@ -131,29 +138,34 @@ def _means(x: Any, y: Any, shape: Flavour, data_range: float, with_contrast: boo
     batch, channels, height, width = x.shape
     totals = torch.zeros(2, batch * channels, dtype=torch.float64, device=x.device)
     for plane, _, _, values, contrast in _tiles(x, y, shape, data_range, with_contrast):
-        totals[0, plane : plane + values.shape[1]] += values.sum((0, 2))
+        planes = slice(plane, plane + values.shape[2])
+        totals[0, planes] += values.sum((0, 1, 3), dtype=torch.float64)
         if with_contrast:
-            totals[1, plane : plane + values.shape[1]] += contrast.sum((0, 2))
+            totals[1, planes] += contrast.sum((0, 1, 3), dtype=torch.float64)
     edge = shape.window - 1
     means = (totals / ((height - edge) * (width - edge))).reshape(2, batch, channels)
     return means[0], means[1] if with_contrast else None
 
 
 def _tiles(x: Any, y: Any, shape: Flavour, data_range: float, with_contrast: bool):
-    """(plane, row, column, SSIM [rows, planes, columns], contrast) of tiles that cover all windows.
+    """(plane, row, column, SSIM [tiles, rows, planes, columns], contrast) of tiles that cover all windows.
 
     With s = x + y and d = x - y the four filtered maps are s, d, s^2, d^2: 2 mu_x mu_y = (mu_s^2 - mu_d^2) / 2 and
-    so on, which needs fewer passes than x, y, x^2 + y^2, xy and loses less where x is close to y. The window is
-    separable; each direction is a product with a small banded matrix, on rows then on columns.
+    so on, which needs fewer passes than x, y, x^2 + y^2, xy and loses less where x is close to y. A strip's s
+    and d are taken about their means, so that float32 is enough for 8-bit pictures: a variance is E s^2 - (E s)^2.
+    The window is separable; each direction is a product with a small banded matrix, on rows then on columns.
     """
     import torch
 
     batch, channels, height, width = x.shape
     x, y = (v.reshape(batch * channels, height, width) for v in (x, y))
     edge = shape.window - 1
-    band = torch.from_numpy(_band(shape.window)).to(x.device)
-    factor = shape.window**2 / (shape.window**2 - 1) if shape.sample else 1.0
-    c1, c2 = 2 * (0.01 * data_range) ** 2, 2 * (0.03 * data_range) ** 2 / factor
+    small = x.dtype == y.dtype == torch.uint8 and x.device.type == "cpu"
+    dtype = torch.float32 if small else torch.float64  # elsewhere float32 products may be TF32
+    band = torch.from_numpy(_band(shape.window)).to(x.device, dtype)
+    n = shape.window**2 if shape.window == 7 else 1  # what the window's weights add up to
+    factor = n / (n - 1) if shape.sample else 1.0
+    c1, c2 = 2 * (0.01 * data_range * n) ** 2, 2 * (0.03 * data_range) ** 2 * n / factor
     group = channels if x.device.type == "cpu" else batch * channels  # planes at once
     for plane in range(0, batch * channels, group):
         for column in range(0, width - edge, TILE * WIDE):
@@ -161,36 +173,50 @@ def _tiles(x: Any, y: Any, shape: Flavour, data_range: float, with_contrast: boo
             for row in range(0, height - edge, TILE):
                 rows = min(TILE, height - edge - row)
                 cut = slice(plane, plane + group), slice(row, row + rows + edge), slice(column, column + columns + edge)
-                a, b = (v[cut].transpose(0, 1).double() for v in (x, y))
-                maps = torch.empty(rows + edge, 4, *a.shape[1:], dtype=torch.float64, device=x.device)
-                torch.add(a, b, out=maps[:, 0])
-                torch.sub(a, b, out=maps[:, 1])
+                a, b = (v[cut].transpose(0, 1) for v in (x, y))
+                maps = torch.empty(rows + edge, 4, *a.shape[1:], dtype=dtype, device=x.device)
+                maps[:, 0] = a
+                torch.sub(maps[:, 0], b, out=maps[:, 1])
+                maps[:, 0].add_(b)
+                centre = maps[:, :2].mean((0, 3), keepdim=True).round_()  # levels stay whole numbers
+                maps[:, :2].sub_(centre)
                 torch.mul(maps[:, :2], maps[:, :2], out=maps[:, 2:])
-                down = band[:rows, : rows + edge] @ maps.flatten(1)
-                yield plane, row, column, *_windows(_across(down, band, columns, edge), rows, c1, c2, with_contrast)
+                down = _product(band[:rows, : rows + edge], maps.flatten(1)).reshape(-1, columns + edge)
+                for offset, found in _across(down, band, columns, edge):
+                    found = found.reshape(-1, rows, 4, *a.shape[1:2], found.shape[-1])
+                    yield plane, row, column + offset, *_windows(found, centre * n, n, c1, c2, with_contrast)
 
 
-def _across(down: Any, band: Any, columns: int, edge: int) -> Any:
-    """Filters the last axis: [.., columns + edge] -> [.., columns], in blocks of TILE columns."""
+def _across(down: Any, band: Any, columns: int, edge: int):
+    """Filters the last axis of [.., columns + edge]: (first column, [tiles, .., TILE]), then what is left over."""
+    whole, rest = divmod(columns, TILE)
+    if whole:
+        tiles = down.as_strided((whole, len(down), TILE + edge), (TILE, columns + edge, 1))
+        yield 0, _product(tiles, band.T)
+    if rest:
+        yield whole * TILE, _product(down[:, whole * TILE :], band[:rest, : rest + edge].T)[None]
+
+
+def _product(a: Any, b: Any) -> Any:
+    """a @ b; on a CPU by NumPy, since torch multiplies float32 as bfloat16 there if a model's code asked it to."""
     import torch
 
-    down = down.reshape(-1, columns + edge)
-    out = torch.empty(len(down), columns, dtype=torch.float64, device=down.device)
-    for start in range(0, columns, TILE):
-        n = min(TILE, columns - start)
-        torch.mm(down[:, start : start + n + edge], band[:n, : n + edge].T, out=out[:, start : start + n])
-    return out
+    return torch.from_numpy(np.matmul(a.numpy(), b.numpy())) if a.device.type == "cpu" else a @ b
 
 
-def _windows(filtered: Any, rows: int, c1: float, c2: float, with_contrast: bool) -> tuple[Any, Any]:
-    """SSIM and contrast of each window from the filtered maps [rows * 4 * planes, columns]; constants doubled."""
-    maps = filtered.reshape(rows, 4, -1, filtered.shape[-1])
-    squares = maps[:, :2] * maps[:, :2]
-    variances = maps[:, 2:].sub_(squares)
-    both, apart = squares[:, 0], squares[:, 1]
-    spread, noise = variances[:, 0].add_(c2), variances[:, 1]
+def _windows(maps: Any, centre: Any, n: int, c1: float, c2: float, with_contrast: bool) -> tuple[Any, Any]:
+    """SSIM and contrast of each window from the filtered maps [tiles, rows, 4, planes, columns].
+
+    They are sums with weights that add up to n; `centre` was taken off s and d. c1 is in units of squared sums of s
+    and d, c2 of sums of squares, both doubled.
+    """
+    sums, variances = maps[:, :, :2], maps[:, :, 2:]
+    variances.sub_(sums * sums, alpha=1 / n)  # n times
+    sums.add_(centre)
+    squares = sums.square_()
+    both, apart = squares[:, :, 0].add_(c1), squares[:, :, 1]
+    spread, noise = variances[:, :, 0].add_(c2), variances[:, :, 1]
     structure, contrast_floor = spread - noise, spread.add_(noise)
-    both.add_(c1)
     if with_contrast:
         contrast = structure / contrast_floor
         return contrast * (both - apart) / (both + apart), contrast
@@ -201,7 +227,7 @@ def _windows(filtered: Any, rows: int, c1: float, c2: float, with_contrast: bool
 def _band(window: int) -> np.ndarray:
     """float64 [TILE, TILE + window - 1]: row i holds the window's weights from column i on."""
     if window == 7:
-        weights = np.full(7, 1 / 7)
+        weights = np.ones(7)  # sums of whole numbers, below 2^24 for 8-bit pictures: float32 holds them
     else:
         distance = np.arange(window) - window // 2
         weights = np.exp(-(distance**2) / (2 * SIGMA**2))
@@ -233,6 +259,9 @@ class SSIM:
     version = 1
     unit = ""
     better = "higher"
+
+    def __post_init__(self):
+        _known(self.flavour)
 
     @property
     def name(self) -> str:
