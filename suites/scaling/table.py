@@ -1,0 +1,563 @@
+"""A table of trainings: read from any CSV, JSON or JSONL, columns recognised or named, dropped rows with reasons.
+
+One row is one evaluated checkpoint: parameters N, tokens D, training FLOPs C, loss. Two of N, D and C are enough; the
+third follows from C = kappa N D and is marked as derived. Nothing is dropped in silence and nothing is guessed: a
+column that could be two things, or a unit that does not fit the others, is an error that names both.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+KAPPA = 6.0  # FLOPs per parameter and token
+NAMES: dict[str, tuple[str, ...]] = {  # recognised headings, lower case, separators dropped; the first is the best
+    "params": (
+        "params",
+        "parameters",
+        "n",
+        "nparams",
+        "numparams",
+        "parametercount",
+        "paramcount",
+        "paramsactiveprecise",
+        "activeparams",
+        "modelparams",
+        "modelsize",
+        "modelparameters",
+    ),
+    "tokens": (
+        "tokens",
+        "d",
+        "ntokens",
+        "numtokens",
+        "totaltokens",
+        "traintokens",
+        "trainingtokens",
+        "tokensseen",
+        "datatokens",
+    ),
+    "flops": (
+        "flops",
+        "c",
+        "compute",
+        "computebudget",
+        "trainingflops",
+        "trainflops",
+        "totalflops",
+        "totalgflops",
+        "computeflops",
+    ),
+    "loss": (
+        "loss",
+        "valloss",
+        "validationloss",
+        "evalloss",
+        "finalloss",
+        "testloss",
+        "macroloss",
+        "l",
+        "crossentropy",
+        "trainloss",
+    ),
+    "budget": ("budget", "nominalbudget", "flopbudget", "isoflop", "flopsbudget"),
+    "run_id": ("runid", "run", "runname", "name"),
+    "lr": ("lr", "learningrate", "maxlr", "peaklr"),
+    "loss_sd": ("losssd", "lossstd", "losssterr", "lossse"),
+    "unique_tokens": ("uniquetokens",),
+    "condition": ("condition",),
+    "is_final": ("isfinal",),
+    "warmup_tokens": ("warmuptokens",),
+}
+UNITS = {
+    "k": 1e3,
+    "thousand": 1e3,
+    "m": 1e6,
+    "million": 1e6,
+    "millions": 1e6,
+    "b": 1e9,
+    "billion": 1e9,
+    "billions": 1e9,
+    "g": 1e9,
+    "t": 1e12,
+    "trillion": 1e12,
+    "trillions": 1e12,
+}
+NUMBER = re.compile(r"([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*([kKmMbBgGtT]?)")
+GAP = 0.15  # in ln C: a wider one separates budgets
+TWIN = 0.01  # in ln N: closer rows of one budget are the same size
+MOST_CELLS = 20_000_000  # what a file may hold
+
+
+class TableError(ValueError):
+    """A table that cannot be used as it is; the message names column, rows and the mend."""
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A row that is not used, by its line in the source (the first row of data is 1), and why."""
+
+    row: int
+    run_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Columns of the rows that are used, float64 [n]; `row` numbers them in the source, from 1.
+
+    `budget` is the compute that a row belongs to: given, or the geometric mean of its cluster of C. `derived` names the
+    one of params, tokens and flops that followed from the others.
+    """
+
+    params: np.ndarray
+    tokens: np.ndarray
+    flops: np.ndarray
+    loss: np.ndarray
+    budget: np.ndarray
+    row: np.ndarray
+    run_id: tuple[str, ...]
+    loss_sd: np.ndarray | None = None
+    derived: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)  # what each was read from
+    dropped: tuple[Dropped, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    def take(self, index: np.ndarray) -> Runs:
+        """The rows of an index or a mask."""
+        index = np.flatnonzero(index) if np.asarray(index).dtype == bool else np.asarray(index)
+        columns = {k: getattr(self, k)[index] for k in ("params", "tokens", "flops", "loss", "budget", "row")}
+        sd = None if self.loss_sd is None else self.loss_sd[index]
+        return replace(self, **columns, run_id=tuple(self.run_id[i] for i in index), loss_sd=sd)
+
+    def budgets(self) -> list[tuple[float, Runs]]:
+        """(budget, its rows in order of size), from the smallest."""
+        found = []
+        for value in np.unique(self.budget):
+            part = self.take(self.budget == value)
+            found.append((float(value), part.take(np.argsort(part.params, kind="stable"))))
+        return found
+
+
+def read_rows(source: str | Path) -> list[dict[str, Any]]:
+    """The rows of a CSV, JSON or JSONL file as dictionaries; text is left as it is.
+
+    Delimiters are found (comma, semicolon, tab); a byte-order mark is dropped. JSON is a list of objects or an object
+    of columns. Raises TableError naming the file and the line that cannot be read.
+    """
+    path = Path(source)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise TableError(f"{path}: byte {e.start} is no UTF-8; save it as UTF-8") from None
+    except OSError as e:
+        raise TableError(f"{path}: {e.strerror or e}") from None
+    if not text.strip():
+        raise TableError(f"{path} is empty")
+    head = text.lstrip()[0]
+    if head == "[" or (head == "{" and path.suffix.lower() == ".json"):
+        return _from_json(text, path)
+    if head == "{":
+        return _from_lines(text, path)
+    return _from_csv(text, path)
+
+
+def _from_json(text: str, path: Path) -> list[dict[str, Any]]:
+    try:
+        value = json.loads(text)
+    except ValueError as e:
+        raise TableError(f"{path} is no JSON: {e}") from None
+    if isinstance(value, dict):
+        columns = {k: list(v.values()) if isinstance(v, dict) else v for k, v in value.items()}
+        lists = {k: v for k, v in columns.items() if isinstance(v, list)}
+        if not lists or len({len(v) for v in lists.values()}) > 1:
+            raise TableError(f"{path} holds an object whose columns have different lengths; a list of rows is expected")
+        return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        raise TableError(f"{path} is not a list of objects, one for each training")
+    return value
+
+
+def _from_lines(text: str, path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for i, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise TableError(f"{path}: line {i} is no JSON object")
+        rows.append(row)
+    return rows
+
+
+def _from_csv(text: str, path: Path) -> list[dict[str, Any]]:
+    first = text.lstrip("\n").splitlines()[0]
+    delimiter = max(",;\t", key=first.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        lines = [line for line in reader if any(cell.strip() for cell in line)]
+    except csv.Error as e:
+        raise TableError(f"{path}: {e}") from None
+    header = [name.strip() for name in lines[0]]
+    if len(header) * len(lines) > MOST_CELLS:
+        raise TableError(f"{path} holds more than {MOST_CELLS:,} cells")
+    twice = {name for name in header if header.count(name) > 1}
+    if twice:
+        raise TableError(f"{path}: the column {sorted(twice)[0]!r} stands twice; rename one")
+    if len(lines) < 2:
+        raise TableError(f"{path} has a heading and no row")
+    for i, line in enumerate(lines[1:], 1):
+        if len(line) != len(header):
+            raise TableError(f"{path}: row {i} has {len(line)} cells under {len(header)} headings")
+    return [dict(zip(header, line, strict=True)) for line in lines[1:]]
+
+
+def _key(heading: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", heading.lower())
+
+
+def _split_unit(heading: str) -> tuple[str, float]:
+    """A heading without its unit, and the unit: "tokens (B)" -> ("tokens", 1e9), "params_M" -> ("params", 1e6)."""
+    match = re.fullmatch(r"(.*?)\s*[\(\[]\s*([A-Za-z]+)\s*[\)\]]\s*", heading) or re.fullmatch(
+        r"(.+)_([A-Za-z]+)", heading
+    )
+    if match and match.group(2).lower() in UNITS:
+        return match.group(1), UNITS[match.group(2).lower()]
+    if _key(heading).endswith("gflops"):
+        return heading, 1e9
+    return heading, 1.0
+
+
+def recognise(headings: Iterable[str], named: Mapping[str, str] | None = None) -> dict[str, tuple[str, float]]:
+    """Which heading holds what, and in which unit: {"params": ("params_M", 1e6)}.
+
+    `named` maps a name of NAMES to a heading and wins. Otherwise the heading whose last path component is the best
+    name that NAMES lists. Raises TableError where a named heading is absent or two headings fit equally well.
+    """
+    headings = list(headings)
+    found: dict[str, tuple[str, float]] = {}
+    for name, heading in (named or {}).items():
+        if name not in NAMES:
+            raise TableError(f"{name!r} is no column of a table of trainings: {', '.join(NAMES)}")
+        if heading not in headings:
+            raise TableError(f"there is no column {heading!r}; the columns are {', '.join(headings)}")
+        found[name] = (heading, _split_unit(heading)[1])
+    taken = {heading for heading, _ in found.values()}
+    for name, accepted in NAMES.items():
+        if name in found:
+            continue
+        ranked = []
+        for heading in headings:
+            bare, unit = _split_unit(heading)
+            key = _key(bare.rsplit("/", 1)[-1])
+            if heading not in taken and key in accepted:
+                ranked.append((accepted.index(key), heading, unit))
+        ranked.sort()
+        if len(ranked) > 1 and ranked[0][0] == ranked[1][0]:
+            raise TableError(
+                f"{ranked[0][1]!r} and {ranked[1][1]!r} could both be {name}; say which with {name}=COLUMN"
+            )
+        if ranked:
+            found[name] = (ranked[0][1], ranked[0][2])
+            taken.add(ranked[0][1])
+    return found
+
+
+def number(cell: Any) -> float:
+    """A cell as a number: 1.5e9, "125M", "1,000,000"; NaN for what is empty; ValueError for what is no number."""
+    if cell is None:
+        return math.nan
+    if isinstance(cell, bool):
+        raise ValueError(cell)
+    if isinstance(cell, (int, float)):
+        return float(cell)
+    text = str(cell).strip()
+    if not text or text.lower() in ("nan", "na", "n/a", "null", "none", "-"):
+        return math.nan
+    if re.fullmatch(r"\d{1,3}(,\d{3})+(\.\d+)?", text):
+        text = text.replace(",", "")
+    match = NUMBER.fullmatch(text)
+    if not match:
+        raise ValueError(text)
+    return float(match.group(1)) * UNITS.get(match.group(2).lower(), 1.0)
+
+
+def ingest(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, str] | None = None,
+    *,
+    where: Mapping[str, str] | None = None,
+    kappa: float = KAPPA,
+    gap: float = GAP,
+    best_of_lr: bool = True,
+    best_of_twins: bool = True,
+    final_only: bool = True,
+) -> Runs:
+    """The rows that can be used, after the checks of a table of trainings; see the module's head.
+
+    In order: `where` keeps rows whose column holds a text; values that are missing, not numbers, not positive or not
+    finite; checkpoints that are not final, where a column says so; checkpoints younger than three warm-ups; all but the
+    best of a sweep over learning rates; exact duplicates; rows of one budget whose sizes differ by less than 1 %.
+    Budgets are the column `budget`, or clusters of ln C that a gap separates: rounding to a digit would put 1.8e19 and
+    2.2e19 into one.
+
+    Raises TableError: no loss, fewer than two of params, tokens and flops, C and kappa N D that differ by a power of a
+    thousand, several conditions in one table, no row left.
+    """
+    if not rows:
+        raise TableError("the table has no rows")
+    notes: list[str] = []
+    headings = list(dict.fromkeys(h for row in rows for h in row))
+    known = recognise(headings, columns)
+    numbers = list(range(1, len(rows) + 1))
+    dropped: list[Dropped] = []
+
+    def run_id(i: int) -> str:
+        heading = known.get("run_id", ("", 1.0))[0]
+        return str(rows[i].get(heading, "")) if heading else ""
+
+    def drop(i: int, reason: str) -> None:
+        dropped.append(Dropped(numbers[i], run_id(i), reason))
+
+    kept = list(range(len(rows)))
+    for heading, text in (where or {}).items():
+        if heading not in headings:
+            raise TableError(f"there is no column {heading!r}; the columns are {', '.join(headings)}")
+        left = [i for i in kept if str(rows[i].get(heading)) == text]
+        if not left:
+            values = sorted({str(rows[i].get(heading)) for i in kept})
+            raise TableError(f"no row has {heading} = {text!r}; it holds {', '.join(values[:8])}")
+        kept = left
+    if len(kept) < len(rows):
+        notes.append(f"{len(rows) - len(kept)} of {len(rows)} rows left out by the selection")
+    if "loss" not in known:
+        raise TableError(f"no column is a loss; name it with loss=COLUMN. The columns are {', '.join(headings)}")
+    have = [name for name in ("params", "tokens", "flops") if name in known]
+    if len(have) < 2:
+        raise TableError(
+            f"two of params, tokens and flops are needed; recognised: {', '.join(have) or 'none'} "
+            f"among {', '.join(headings)}"
+        )
+    numeric = [n for n in ("loss", *have, "budget", "lr", "loss_sd", "warmup_tokens") if n in known]
+    values = {name: np.full(len(rows), np.nan) for name in numeric}
+    usable = []
+    for i in kept:
+        bad = ""
+        for name in numeric:
+            heading, unit = known[name]
+            try:
+                values[name][i] = number(rows[i].get(heading)) * unit
+            except ValueError:
+                bad = f"{heading} is {str(rows[i].get(heading))[:30]!r}, no number"
+                break
+        for name in ("loss", *have):
+            v, heading = values[name][i], known[name][0]
+            if bad:
+                break
+            if math.isnan(v):
+                bad = f"{heading} is missing"
+            elif math.isinf(v) or v <= 0:
+                bad = f"{heading} = {v:g} is not positive and finite"
+        if bad:
+            drop(i, bad)
+        else:
+            usable.append(i)
+    kept = usable
+    if final_only and "is_final" in known:
+        heading = known["is_final"][0]
+        final = [i for i in kept if str(rows[i].get(heading)).strip().lower() in ("true", "1", "yes", "1.0")]
+        for i in sorted(set(kept) - set(final)):
+            drop(i, "an intermediate checkpoint of a decaying schedule")
+        kept = final
+    derived = ""
+    if len(have) == 2:
+        derived = next(n for n in ("params", "tokens", "flops") if n not in have)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            if derived == "flops":
+                values["flops"] = kappa * values["params"] * values["tokens"]
+            else:
+                other = "tokens" if derived == "params" else "params"
+                values[derived] = values["flops"] / (kappa * values[other])
+        notes.append(f"{derived} follows from C = {kappa:g} N D")
+    elif kept:
+        notes += _check_units(values, np.array(kept), kappa, known, [numbers[i] for i in kept])
+    if "condition" in known:
+        conditions = sorted({str(rows[i].get(known["condition"][0])) for i in kept})
+        if len(conditions) > 1:
+            raise TableError(
+                f"the table holds {len(conditions)} conditions ({', '.join(conditions[:4])}), each with a law of its "
+                f"own; choose one with where {known['condition'][0]}=…"
+            )
+    if "warmup_tokens" in known:
+        early = [i for i in kept if values["tokens"][i] < 3 * values["warmup_tokens"][i]]
+        for i in early:
+            drop(i, "fewer tokens than three warm-ups")
+        kept = [i for i in kept if i not in set(early)]
+    if best_of_lr and "lr" in known:
+        kept, more = _best_of_sweep(kept, values, drop)
+        notes += more
+    kept = _without_duplicates(kept, values, drop)
+    if not kept:
+        raise TableError(f"no row can be used: {_summary(dropped)}")
+    index = np.array(kept)
+    log_c = np.log(values["flops"][index])
+    given = "budget" in known and np.isfinite(values["budget"][index]).all()
+    budget = values["budget"][index] if given else cluster_budgets(log_c, gap)
+    if best_of_twins:
+        index, budget = _without_twins(index, budget, values, drop)
+    sd = values["loss_sd"][index] if "loss_sd" in known else None
+    return Runs(
+        params=values["params"][index],
+        tokens=values["tokens"][index],
+        flops=values["flops"][index],
+        loss=values["loss"][index],
+        budget=budget,
+        row=np.array([numbers[i] for i in index]),
+        run_id=tuple(run_id(i) or str(numbers[i]) for i in index),
+        loss_sd=sd if sd is not None and np.isfinite(sd).all() and (sd > 0).all() else None,
+        derived=derived,
+        columns={name: heading for name, (heading, _) in known.items()},
+        dropped=tuple(sorted(dropped, key=lambda d: d.row)),
+        notes=tuple(notes),
+    )
+
+
+def cluster_budgets(log_flops: np.ndarray, gap: float = GAP) -> np.ndarray:
+    """For each ln C the geometric mean of its cluster; neighbours further apart than `gap` are of different ones."""
+    order = np.argsort(log_flops, kind="stable")
+    label = np.zeros(len(order), int)
+    label[order] = np.concatenate([[0], np.cumsum(np.diff(log_flops[order]) > gap)])
+    means = np.bincount(label, log_flops) / np.bincount(label)
+    return np.exp(means)[label]
+
+
+def _check_units(
+    values: Mapping[str, np.ndarray], index: np.ndarray, kappa: float, known: Mapping[str, Any], rows: list[int]
+) -> list[str]:
+    """Notes on C over N D; raises TableError where a unit must be wrong."""
+    ratio = values["flops"][index] / (values["params"][index] * values["tokens"][index])
+    middle = float(np.median(ratio))
+    power = round(math.log10(middle / kappa) / 3)
+    if power and abs(math.log10(middle / kappa) - 3 * power) < 1.0:
+        names = ", ".join(repr(known[n][0]) for n in ("params", "tokens", "flops"))
+        raise TableError(
+            f"C / (N D) is {middle:.2g} where about {kappa:g} is expected: "
+            f"a unit among {names} is off by 1e{3 * power:+d}"
+        )
+    odd = np.flatnonzero(np.abs(np.log(ratio / middle)) > math.log(30))
+    if len(odd):
+        raise TableError(
+            f"C / (N D) is {middle:.3g} in most rows and {ratio[odd[0]]:.3g} in row {rows[odd[0]]}"
+            + (f" ({len(odd)} such rows)" if len(odd) > 1 else "")
+            + ": a unit or a column is wrong there"
+        )
+    spread = float(ratio.max() / ratio.min())
+    if spread > 1.02 or not 0.98 < middle / kappa < 1.02:
+        return [f"C / (N D) lies between {ratio.min():.3g} and {ratio.max():.3g}: FLOPs are counted, not {kappa:g} N D"]
+    return []
+
+
+def _best_of_sweep(kept: list[int], values: Mapping[str, np.ndarray], drop: Any) -> tuple[list[int], list[str]]:
+    """Of rows that differ in their learning rate alone, the one with the least loss; and how many sweeps end there."""
+    cells: dict[tuple[float, float], list[int]] = {}
+    for i in kept:
+        cells.setdefault((values["params"][i], values["tokens"][i]), []).append(i)
+    found, edges, sweeps = [], 0, 0
+    for cell in cells.values():
+        rates = sorted({values["lr"][i] for i in cell})
+        if len(rates) < 2:
+            found += cell
+            continue
+        sweeps += 1
+        best = min(cell, key=lambda i: values["loss"][i])
+        edges += values["lr"][best] in (rates[0], rates[-1])
+        found.append(best)
+        for i in cell:
+            if i != best:
+                drop(i, "a worse learning rate of the same size and tokens")
+    notes = [
+        f"{sweeps} sweeps over learning rates reduced to their best; {edges} of these lie at an end of their sweep"
+    ]
+    return sorted(found), notes if sweeps else []
+
+
+def _without_duplicates(kept: list[int], values: Mapping[str, np.ndarray], drop: Any) -> list[int]:
+    seen: dict[tuple[float, ...], int] = {}
+    found = []
+    for i in kept:
+        key = tuple(float(values[n][i]) for n in ("params", "tokens", "flops", "loss"))
+        if key in seen:
+            drop(i, f"the same as row {seen[key] + 1}")
+        else:
+            seen[key] = i
+            found.append(i)
+    return found
+
+
+def _without_twins(
+    index: np.ndarray, budget: np.ndarray, values: Mapping[str, np.ndarray], drop: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of rows of one budget and one size the one whose C is nearest the budget (the best loss, where equally near)."""
+    keep = np.ones(len(index), bool)
+    for value in np.unique(budget):
+        rows = np.flatnonzero(budget == value)
+        rows = rows[np.argsort(values["params"][index[rows]], kind="stable")]
+        group = [rows[0]]
+        for k in [*rows[1:], None]:
+            last = index[group[-1]]
+            if k is not None and math.log(values["params"][index[k]] / values["params"][last]) <= TWIN:
+                group.append(k)
+                continue
+            if len(group) > 1:
+                best = min(
+                    group,
+                    key=lambda g: (
+                        round(abs(math.log(values["flops"][index[g]] / value)), 3),
+                        values["loss"][index[g]],
+                    ),
+                )
+                for g in group:
+                    if g != best:
+                        keep[g] = False
+                        drop(int(index[g]), f"the same size and budget as row {index[best] + 1}, which is kept")
+            if k is not None:
+                group = [k]
+    return index[keep], budget[keep]
+
+
+def _summary(dropped: Sequence[Dropped]) -> str:
+    """The reasons, each with how many rows it dropped and the first of them."""
+    reasons: dict[str, list[int]] = {}
+    for one in dropped:
+        reasons.setdefault(one.reason, []).append(one.row)
+    return "; ".join(
+        f"{reason} (row {rows[0]}" + (f" and {len(rows) - 1} more)" if len(rows) > 1 else ")")
+        for reason, rows in reasons.items()
+    )
+
+
+def dropped_lines(runs: Runs) -> list[str]:
+    """One line for each reason, with its rows; the first twelve are numbered."""
+    reasons: dict[str, list[int]] = {}
+    for one in runs.dropped:
+        reasons.setdefault(one.reason, []).append(one.row)
+    lines = []
+    for reason, rows in reasons.items():
+        named = ", ".join(map(str, rows[:12])) + (f" and {len(rows) - 12} more" if len(rows) > 12 else "")
+        lines.append(f"row{'s' if len(rows) > 1 else ''} {named}: {reason}")
+    return lines
