@@ -5,10 +5,13 @@ _HOME = {
     "SSIM": "ssim",
     "MSSSIM": "ssim",
     "LPIPS": "lpips",
+    "CLIPScore": "clip",
     "Frechet": "frechet",
     "PairwiseFeatureDistance": "frechet",
+    "FVD": "video",
     "BitsPerPixel": "rate",
     "KID": "kid",
+    "PRDC": "prdc",
 }
 
 __all__ = list(_HOME)
