@@ -170,7 +170,8 @@ class Manifest:
         try:
             return self._entries[id]
         except KeyError:
-            raise Error(f"data {self.name} has no item {id!r}{suggest(id, self._entries)}") from None
+            close = suggest(id, self._entries) if len(self) <= 1000 else ""  # the comparison takes long
+            raise Error(f"data {self.name} has no item {id!r}{close}") from None
 
     def _compare(self, path: Path, expected: str, found: str) -> None:
         if found != expected:
