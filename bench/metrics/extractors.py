@@ -1,6 +1,7 @@
 """Feature extractors: pictures in, float32 [B, d] out; float32 with TF32 off, whatever the model under test does.
 
-An extractor's name is "embedded", "inception-<resize>", or that of a weights manifest with a table `[extractor]`:
+An extractor's name is "embedded", "mini-classifier" or "mini-clip", which come with the harness, "inception-<resize>",
+or that of a weights manifest with a table `[extractor]`:
 
     [extractor]
     network = "torchvision:squeezenet1_0"  # or timm:NAME, open_clip:NAME, transformers, inception, i3d
@@ -30,7 +31,8 @@ from bench.types import Error, UsageError
 
 INCEPTION = "inception-2015-12-05-pytorch-fid"  # manifest of the state dict
 INCEPTION_RESIZES = ("clean", "tf1", "pytorch", "tm")
-EXTRACTORS = ("embedded", *(f"inception-{resize}" for resize in INCEPTION_RESIZES))
+EMBEDDED = ("embedded", "mini-classifier", "mini-clip")
+EXTRACTORS = (*EMBEDDED, *(f"inception-{resize}" for resize in INCEPTION_RESIZES))
 BATCH = {"cpu": 4, "cuda": 32}  # pictures per forward pass, always: features must not depend on how many came
 DTYPES = ("float32", "bfloat16")
 FAR_OUT = 8.0  # floats beyond are no picture in [-1, 1] that a decoder overshot; levels 0..255 are
@@ -74,9 +76,11 @@ class Network:
         device: str,
         preparation: Preparation = UNCHANGED,
         axes: int = 4,
+        clip: Any = None,
     ):
         self.name, self.fingerprint, self.dims, self.dim = name, fingerprint, dict(dims), dims[""]
         self.preparation = preparation
+        self.clip = clip  # the whole model, where it has a text tower, too
         self._forward, self._device, self._axes = forward, device, axes
 
     def __call__(self, images: Any) -> np.ndarray:
@@ -177,7 +181,7 @@ def full_precision() -> Iterator[None]:
 def manifests(name: str) -> tuple[str, ...]:
     """The weights manifests that an extractor's name asks for."""
     name = name.partition("/")[0]
-    if name == "embedded":
+    if name in EMBEDDED:
         return ()
     return (INCEPTION,) if name in EXTRACTORS else (name,)
 
@@ -191,6 +195,8 @@ def opened(name: str, ctx: Any) -> Extractor:
     device = str(ctx.device)
     if base == "embedded":
         network = embedded(device)
+    elif base in EMBEDDED:
+        network = mini(base, device)
     elif base in EXTRACTORS:
         network = inception(ctx.weights(INCEPTION), base.partition("-")[2], device)
     else:
@@ -271,6 +277,38 @@ def embedded(device: str = "cpu") -> Network:
 
 
 @cache
+def mini(name: str, device: str = "cpu") -> Network:
+    """A judge of the small world (bench/mini/judges) as an extractor: pictures are brought to 32 x 32 px.
+
+    "mini-classifier": 128 features, and the logits of the shapes; "mini-clip": 64, the embedding of pictures.
+    """
+    from bench.identity import file_digest
+    from bench.mini import judges
+
+    file = "classifier.safetensors" if name == "mini-classifier" else "model.safetensors"
+    path = judges.folder(name) / file
+    if not path.is_file():
+        raise Error(f"the embedded network {name} is missing: {path}", hint="install the package again")
+    if name == "mini-classifier":
+        network = judges.load_classifier(device)
+        dims = {"": judges.FEATURES, "logits": len(judges.HEADS["shape"])}
+
+        def forward(levels: Any) -> Mapping[str, Any]:
+            features = network.features(levels / 255.0)
+            return {"": features, "logits": network.logits(features)["shape"]}
+
+    else:
+        network = judges.load_clip(device)[0]
+        dims = {"": network.config.projection_dim}
+
+        def forward(levels: Any) -> Mapping[str, Any]:
+            found = network.get_image_features(pixel_values=levels / 127.5 - 1.0)
+            return {"": getattr(found, "pooler_output", found)}  # transformers 5 wraps it
+
+    return Network(name, f"{name}@{file_digest(path)[:8]}", dims, forward, device, Preparation("clean", 32))
+
+
+@cache
 def inception(weights: Path, resize: str = "clean", device: str = "cpu") -> Network:
     """Inception of the FID papers, 2048 features after the last mean, with one of four ways to 299 x 299 px.
 
@@ -324,7 +362,8 @@ def from_table(name: str, table: str, weights: Path, device: str = "cpu") -> Net
     dims = {"": fields["dim"], **({"logits": fields["classes"]} if "classes" in fields else {})}
     fingerprint = f"{name}@{file_digest(weights)[:8]}-{digest(fields)[:8]}{'-bf16' * (dtype == 'bfloat16')}"
     axes = 5 if fields["network"] == "i3d" else 4
-    return Network(name, fingerprint, dims, _normalised(network, mean, std, device, dtype), device, preparation, axes)
+    forward = _normalised(network.forward, mean, std, device, dtype)
+    return Network(name, fingerprint, dims, forward, device, preparation, axes, network.clip)
 
 
 def _normalised(network: Any, mean: Any, std: Any, device: str, dtype: str) -> Callable[[Any], Mapping[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.types import Error, UsageError
 
@@ -18,19 +18,29 @@ NETWORKS = ("torchvision:NAME", "timm:NAME", "open_clip:NAME", "transformers", "
 Layers = Mapping[str, tuple[Any, Any]]  # name -> weight, bias
 
 
-def opened(fields: Mapping[str, Any], state: State, where: Path | str, device: str = "cpu") -> Forward:
+class Opened(NamedTuple):
+    forward: Forward
+    clip: Any = None  # the whole model, where it has a text tower, too
+
+
+def opened(fields: Mapping[str, Any], state: State, where: Path | str, device: str = "cpu") -> Opened:
     """The network that a table `[extractor]` names; raises UsageError for a name that is not known."""
     kind, _, name = str(fields["network"]).partition(":")
     if name and kind == "torchvision":
-        return torchvision_network(name, state, where, fields.get("layer", ""), device)
+        return Opened(torchvision_network(name, state, where, fields.get("layer", ""), device))
     if name and kind == "timm":
-        return timm_network(name, state, where, device)
+        return Opened(timm_network(name, state, where, device))
     if name and kind == "open_clip":
-        return open_clip_network(name, state, where, device)
+        model = open_clip_model(name, state, where, device)
+        return Opened(lambda x: {"": model.encode_image(x)}, model)
     if not name and kind == "transformers":
-        return transformers_network(fields.get("config", {}), state, where, fields.get("pooling", "cls"), device)
+        pooling = fields.get("pooling", "cls")
+        if pooling not in POOLINGS:
+            raise UsageError(f"{where}: pooling {pooling!r} is not one of {', '.join(POOLINGS)}")
+        model = transformers_model(fields.get("config", {}), state, where, device)
+        return Opened(lambda x: {"": POOLINGS[pooling](model, x)}, model if model.config.model_type == "clip" else None)
     if not name and kind in ("inception", "i3d"):
-        return {"inception": inception, "i3d": i3d}[kind](state, where, device)
+        return Opened({"inception": inception, "i3d": i3d}[kind](state, where, device))
     raise UsageError(f"{where}: network {fields['network']!r} is not one of {', '.join(NETWORKS)}")
 
 
@@ -244,36 +254,25 @@ def timm_network(name: str, state: State, where: Path | str, device: str = "cpu"
     return forward
 
 
-def open_clip_network(name: str, state: State, where: Path | str, device: str = "cpu") -> Forward:
-    """The picture tower of an open_clip model: its projection, not normalised. open_clip's state dict."""
+def open_clip_model(name: str, state: State, where: Path | str, device: str = "cpu") -> Any:
+    """Both towers of an open_clip model; its embeddings are not normalised. open_clip's state dict."""
     import open_clip
 
     if name not in open_clip.list_models():
         raise UsageError(f"open_clip has no model {name!r}", hint="a name of open_clip.list_models()")
-    tower = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
-    model = _filled(lambda: open_clip.create_model(name, pretrained=None).visual, tower, where, device)
-    return lambda x: {"": model(x)}
+    return _filled(lambda: open_clip.create_model(name, pretrained=None), state, where, device)
 
 
-def transformers_network(
-    config: Mapping[str, Any], state: State, where: Path | str, pooling: str, device: str = "cpu"
-) -> Forward:
-    """A vision model that transformers' AutoModel knows, with the fields of its config.json.
-
-    `pooling` says which features: "cls" the first token after the last norm, "mean" of the tokens that follow it,
-    "pooler" the model's own `pooler_output`, "projection" CLIP's picture embedding, not normalised.
-    """
+def transformers_model(config: Mapping[str, Any], state: State, where: Path | str, device: str = "cpu") -> Any:
+    """The model that transformers' AutoModel makes of the fields of a config.json, and its state dict."""
     import transformers
 
-    if pooling not in POOLINGS:
-        raise UsageError(f"pooling {pooling!r} is not one of {', '.join(POOLINGS)}")
     fields = dict(config)
     kind = fields.pop("model_type", None)
     if kind not in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
         raise UsageError(f"transformers has no model_type {kind!r}", hint="give the fields of the model's config.json")
     made = transformers.AutoConfig.for_model(kind, **fields)
-    model = _filled(lambda: transformers.AutoModel.from_config(made), state, where, device)
-    return lambda x: {"": POOLINGS[pooling](model, x)}
+    return _filled(lambda: transformers.AutoModel.from_config(made), state, where, device)
 
 
 def _projection(model: Any, x: Any) -> Any:
@@ -281,6 +280,8 @@ def _projection(model: Any, x: Any) -> Any:
     return getattr(found, "pooler_output", found)  # transformers 5 wraps it
 
 
+# which features of a transformer: the first token after the last norm, the mean of those that follow it, the model's
+# own `pooler_output`, or CLIP's embedding, not normalised
 POOLINGS: Mapping[str, Callable[[Any, Any], Any]] = {
     "cls": lambda model, x: model(pixel_values=x).last_hidden_state[:, 0],
     "mean": lambda model, x: model(pixel_values=x).last_hidden_state[:, 1:].mean(1),

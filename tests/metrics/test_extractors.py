@@ -307,3 +307,21 @@ def test_a_network_of_one_s_own_is_a_manifest(tmp_path, monkeypatch):
     toml.write_text(toml.read_text().replace("size = 96", 'size = "big"'))
     with pytest.raises(Error, match="size must be a whole number"):
         extractors.opened("mine", Harness())
+
+
+def test_the_classifier_of_the_small_world_is_an_extractor():
+    from bench.mini import judges, world
+
+    if not (judges.folder("mini-classifier") / "classifier.safetensors").is_file():
+        pytest.skip("the embedded classifier has not been trained yet")
+    x = torch.from_numpy(world.draw(world.sample(9, seed=3))).permute(0, 3, 1, 2)
+    network = judges.load_classifier()
+    with torch.no_grad():
+        features = network.features(x)
+        logits = network.logits(features)["shape"]
+    found = extractors.features("mini-classifier", x, Context())
+    np.testing.assert_allclose(found, features.numpy(), rtol=1e-4, atol=1e-4)
+    shapes = extractors.features("mini-classifier/logits", x, Context())
+    np.testing.assert_allclose(shapes, logits.numpy(), rtol=1e-4, atol=1e-3)
+    assert extractors.opened("mini-classifier", Context()).dim == found.shape[1] == 128
+    assert extractors.manifests("mini-classifier/logits") == extractors.manifests("mini-clip") == ()
