@@ -44,8 +44,12 @@ def ssim(x: Any, y: Any, flavour: str = CANONICAL, data_range: float | None = No
     x, y [B, C, H, W], tensors or arrays; `data_range` L is 255 for uint8 and must be given for floats. C1 = (0.01 L)^2,
     C2 = (0.03 L)^2. Raises Error where a side is smaller than the window.
     """
-    x, y, data_range = _prepare(x, y, flavour, data_range)
-    return _means(x, y, FLAVOURS[flavour], data_range)[0].mean(1).cpu().numpy()
+    shape = _known(flavour)
+    found = []
+    for a, b, span in _parts(x, y, shape.window, data_range):
+        framed = (_framed(v, shape) for v in (a, b))
+        found.append(_means(*framed, shape, span)[0].mean(1).cpu().numpy())
+    return np.concatenate(found)
 
 
 def ssim_map(x: Any, y: Any, flavour: str = CANONICAL, data_range: float | None = None) -> tuple[Any, int]:
@@ -55,18 +59,21 @@ def ssim_map(x: Any, y: Any, flavour: str = CANONICAL, data_range: float | None 
     """
     import torch
 
-    x, y, data_range = _prepare(x, y, flavour, data_range)
-    shape = FLAVOURS[flavour]
+    shape = _known(flavour)
     if shape.pool:
         raise UsageError(f"{flavour} shrinks the picture, so its map has no place in it", hint=f"use {CANONICAL}")
-    batch, channels, height, width = x.shape
     edge = shape.window - 1
-    out = torch.empty(batch * channels, height - edge, width - edge, dtype=torch.float64, device=x.device)
-    for plane, row, column, values, _ in _tiles(x.double(), y.double(), shape, data_range, with_contrast=False):
-        tiles, rows, planes, columns = values.shape
-        place = slice(plane, plane + planes), slice(row, row + rows), slice(column, column + tiles * columns)
-        out[place] = values.permute(2, 1, 0, 3).reshape(planes, rows, tiles * columns)
-    return out.reshape(batch, channels, *out.shape[1:]), 0 if shape.border == "reflect" else edge // 2
+    found = []
+    for a, b, span in _parts(x, y, shape.window, data_range):
+        a, b = (_framed(v, shape).double() for v in (a, b))
+        batch, channels, height, width = a.shape
+        out = torch.empty(batch * channels, height - edge, width - edge, dtype=torch.float64, device=a.device)
+        for row, column, values, _ in _tiles(a, b, shape, span, with_contrast=False):
+            tiles, rows, planes, columns = values.shape
+            place = slice(None), slice(row, row + rows), slice(column, column + tiles * columns)
+            out[place] = values.permute(2, 1, 0, 3).reshape(planes, rows, tiles * columns)
+        found.append(out.reshape(batch, channels, *out.shape[1:]))
+    return torch.cat(found), 0 if shape.border == "reflect" else edge // 2
 
 
 def ms_ssim(x: Any, y: Any, data_range: float | None = None) -> np.ndarray:
@@ -74,22 +81,22 @@ def ms_ssim(x: Any, y: Any, data_range: float | None = None) -> np.ndarray:
 
     As pytorch-msssim has it: odd sides get zeros around before they are halved; per channel the product of contrast
     terms and the last scale's SSIM, each to its weight and negative ones taken as 0, then the mean over channels.
-    Raises Error unless both sides exceed 160 px.
+    Raises Error where a side is at most 160 px.
     """
     import torch
 
-    x, y, data_range = _prepare(x, y, CANONICAL, data_range)
-    if min(x.shape[-2:]) <= 160:
-        raise Error(f"MS-SSIM needs sides above 160 px, not {x.shape[-1]} x {x.shape[-2]}")
-    product = 1.0
-    for scale, weight in enumerate(SCALE_WEIGHTS):
-        last = scale == len(SCALE_WEIGHTS) - 1
-        whole, contrast = _means(x, y, FLAVOURS[CANONICAL], data_range, with_contrast=not last)
-        product = product * (whole if last else contrast).clamp(min=0.0) ** weight
-        if not last:
-            odd = (x.shape[-2] % 2, x.shape[-1] % 2)
-            x, y = (torch.nn.functional.avg_pool2d(v.double(), 2, padding=odd) for v in (x, y))
-    return product.mean(1).cpu().numpy()
+    found = []
+    for a, b, span in _parts(x, y, 161, data_range):
+        product = 1.0
+        for scale, weight in enumerate(SCALE_WEIGHTS):
+            last = scale == len(SCALE_WEIGHTS) - 1
+            whole, contrast = _means(a, b, FLAVOURS[CANONICAL], span, with_contrast=not last)
+            product = product * (whole if last else contrast).clamp(min=0.0) ** weight
+            if not last:
+                odd = (a.shape[-2] % 2, a.shape[-1] % 2)
+                a, b = (torch.nn.functional.avg_pool2d(v.double(), 2, padding=odd) for v in (a, b))
+        found.append(product.mean(1).cpu().numpy())
+    return np.concatenate(found)
 
 
 def _known(flavour: str) -> Flavour:
@@ -98,11 +105,10 @@ def _known(flavour: str) -> Flavour:
     return FLAVOURS[flavour]
 
 
-def _prepare(x: Any, y: Any, flavour: str, data_range: float | None) -> tuple[Any, Any, float]:
-    """Tensors of one shape, pooled or reflected as the flavour says, and the range."""
+def _parts(x: Any, y: Any, smallest: int, data_range: float | None):
+    """Checked tensors of one shape, with the range: on a CPU one picture at a time, whatever the length of the clip."""
     import torch
 
-    shape = _known(flavour)
     x, y = (torch.from_numpy(np.ascontiguousarray(v)) if isinstance(v, np.ndarray) else v for v in (x, y))
     same_shape(x, y)
     if x.dim() != 4:
@@ -111,13 +117,20 @@ def _prepare(x: Any, y: Any, flavour: str, data_range: float | None) -> tuple[An
         if x.dtype != torch.uint8 or y.dtype != torch.uint8:
             raise UsageError("SSIM of floats needs a data_range", hint="2.0 for pictures in [-1, 1], 1.0 for [0, 1]")
         data_range = 255.0
+    if min(x.shape[-2:]) < smallest:
+        raise Error(f"a picture of {x.shape[-1]} x {x.shape[-2]} px is smaller than the {smallest} px that SSIM needs")
+    size = 1 if x.device.type == "cpu" else max(1, len(x))
+    for a, b in zip(x.split(size), y.split(size), strict=True):
+        yield a, b, float(data_range)
+
+
+def _framed(x: Any, shape: Flavour) -> Any:
+    """Pictures pooled or reflected as the flavour says."""
+    import torch
+
     if shape.pool and (factor := max(1, round(min(x.shape[-2:]) / 256))) > 1:
-        x, y = (torch.nn.functional.avg_pool2d(v.double(), factor) for v in (x, y))
-    if min(x.shape[-2:]) < shape.window:
-        raise Error(f"a picture of {x.shape[-1]} x {x.shape[-2]} px is smaller than the window of {shape.window} px")
-    if shape.border == "reflect":
-        x, y = (_reflected(v, shape.window // 2) for v in (x, y))
-    return x, y, float(data_range)
+        x = torch.nn.functional.avg_pool2d(x.double(), factor)
+    return _reflected(x, shape.window // 2) if shape.border == "reflect" else x
 
 
 def _reflected(x: Any, edge: int) -> Any:
@@ -137,18 +150,17 @@ def _means(x: Any, y: Any, shape: Flavour, data_range: float, with_contrast: boo
 
     batch, channels, height, width = x.shape
     totals = torch.zeros(2, batch * channels, dtype=torch.float64, device=x.device)
-    for plane, _, _, values, contrast in _tiles(x, y, shape, data_range, with_contrast):
-        planes = slice(plane, plane + values.shape[2])
-        totals[0, planes] += values.sum((0, 1, 3), dtype=torch.float64)
+    for _, _, values, contrast in _tiles(x, y, shape, data_range, with_contrast):
+        totals[0] += values.sum((0, 1, 3), dtype=torch.float64)
         if with_contrast:
-            totals[1, planes] += contrast.sum((0, 1, 3), dtype=torch.float64)
+            totals[1] += contrast.sum((0, 1, 3), dtype=torch.float64)
     edge = shape.window - 1
     means = (totals / ((height - edge) * (width - edge))).reshape(2, batch, channels)
     return means[0], means[1] if with_contrast else None
 
 
 def _tiles(x: Any, y: Any, shape: Flavour, data_range: float, with_contrast: bool):
-    """(plane, row, column, SSIM [tiles, rows, planes, columns], contrast) of tiles that cover all windows.
+    """(row, column, SSIM [tiles, rows, planes, columns], contrast) of tiles that cover all windows.
 
     With s = x + y and d = x - y the four filtered maps are s, d, s^2, d^2: 2 mu_x mu_y = (mu_s^2 - mu_d^2) / 2 and
     so on, which needs fewer passes than x, y, x^2 + y^2, xy and loses less where x is close to y. A strip's s
@@ -158,7 +170,8 @@ def _tiles(x: Any, y: Any, shape: Flavour, data_range: float, with_contrast: boo
     import torch
 
     batch, channels, height, width = x.shape
-    x, y = (v.reshape(batch * channels, height, width) for v in (x, y))
+    planes = batch * channels
+    x, y = (v.reshape(planes, height, width) for v in (x, y))
     edge = shape.window - 1
     small = x.dtype == y.dtype == torch.uint8 and x.device.type == "cpu"
     dtype = torch.float32 if small else torch.float64  # elsewhere float32 products may be TF32
@@ -166,25 +179,23 @@ def _tiles(x: Any, y: Any, shape: Flavour, data_range: float, with_contrast: boo
     n = shape.window**2 if shape.window == 7 else 1  # what the window's weights add up to
     factor = n / (n - 1) if shape.sample else 1.0
     c1, c2 = 2 * (0.01 * data_range * n) ** 2, 2 * (0.03 * data_range) ** 2 * n / factor
-    group = channels if x.device.type == "cpu" else batch * channels  # planes at once
-    for plane in range(0, batch * channels, group):
-        for column in range(0, width - edge, TILE * WIDE):
-            columns = min(TILE * WIDE, width - edge - column)
-            for row in range(0, height - edge, TILE):
-                rows = min(TILE, height - edge - row)
-                cut = slice(plane, plane + group), slice(row, row + rows + edge), slice(column, column + columns + edge)
-                a, b = (v[cut].transpose(0, 1) for v in (x, y))
-                maps = torch.empty(rows + edge, 4, *a.shape[1:], dtype=dtype, device=x.device)
-                maps[:, 0] = a
-                torch.sub(maps[:, 0], b, out=maps[:, 1])
-                maps[:, 0].add_(b)
-                centre = maps[:, :2].mean((0, 3), keepdim=True).round_()  # levels stay whole numbers
-                maps[:, :2].sub_(centre)
-                torch.mul(maps[:, :2], maps[:, :2], out=maps[:, 2:])
-                down = _product(band[:rows, : rows + edge], maps.flatten(1)).reshape(-1, columns + edge)
-                for offset, found in _across(down, band, columns, edge):
-                    found = found.reshape(-1, rows, 4, *a.shape[1:2], found.shape[-1])
-                    yield plane, row, column + offset, *_windows(found, centre * n, n, c1, c2, with_contrast)
+    for column in range(0, width - edge, TILE * WIDE):
+        columns = min(TILE * WIDE, width - edge - column)
+        for row in range(0, height - edge, TILE):
+            rows = min(TILE, height - edge - row)
+            cut = slice(None), slice(row, row + rows + edge), slice(column, column + columns + edge)
+            a, b = (v[cut].transpose(0, 1) for v in (x, y))
+            maps = torch.empty(rows + edge, 4, planes, columns + edge, dtype=dtype, device=x.device)
+            maps[:, 0] = a
+            torch.sub(maps[:, 0], b, out=maps[:, 1])
+            maps[:, 0].add_(b)
+            centre = maps[:, :2].mean((0, 3), keepdim=True).round_()  # levels stay whole numbers
+            maps[:, :2].sub_(centre)
+            torch.mul(maps[:, :2], maps[:, :2], out=maps[:, 2:])
+            down = _product(band[:rows, : rows + edge], maps.flatten(1)).reshape(rows * 4 * planes, columns + edge)
+            for offset, found in _across(down, band, columns, edge):
+                found = found.reshape(len(found), rows, 4, planes, found.shape[-1])
+                yield row, column + offset, *_windows(found, centre * n, n, c1, c2, with_contrast)
 
 
 def _across(down: Any, band: Any, columns: int, edge: int):
