@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from bench.functions import draws, model_of
 from bench.identity import file_digest
 from bench.recipe import Recipe
 from bench.suite import Suite
@@ -45,13 +46,15 @@ def entries(kind: str) -> tuple[Entry, ...]:
 
 
 def find(kind: str, name: str) -> Any:
-    """The object of a name. `path.py:name` runs that file and says so on stderr.
+    """The object of a name. `path.py:name` runs that file and says so on stderr; a function of prompts and seeds in it
+    is an adapter without a class.
 
     Raises UsageError for an unknown name, with a suggestion; Error for a plugin that cannot be imported and for a
     name with two owners.
     """
     if is_path(name):
-        return _checked(kind, name, _from_file(name))
+        found = _checked(kind, name, _from_file(name))
+        return model_of(found) if kind == "adapters" and draws(found) else found
     matching = [e for e in entries(kind) if e.name == name]
     if len(matching) > 1:
         raise Error(

@@ -144,6 +144,83 @@ def test_two_files_of_one_name_are_two_modules(tmp_path):
     assert [registry.find("adapters", f"{tmp_path}/{f}/m.py:X")() for f in "ab"] == [1, 2]
 
 
+DRAWING = '''
+import torch
+from PIL import Image
+
+def floats(prompts, seeds):
+    """Grey of the length of the prompt."""
+    return torch.stack([torch.full((3, 4, 6), len(p) / 20, dtype=torch.float64) for p in prompts])
+
+def bytes_(prompts, seeds):
+    return torch.stack([torch.full((3, 4, 6), 10 * s, dtype=torch.uint8) for s in seeds])
+
+def images(prompts, seeds, mode="L"):
+    return [Image.new(mode, (6, 4), 10 * s) for s in seeds]
+
+def uneven(prompts, seeds):
+    return [Image.new("RGB", (6 + s, 4)) for s in seeds]
+
+def arrays(prompts, seeds):
+    return torch.zeros(len(seeds), 4, 6, 3).numpy()
+
+def grey(prompts, seeds):
+    return torch.zeros(len(seeds), 1, 4, 6)
+
+def too_few(prompts, seeds):
+    return torch.zeros(1, 3, 4, 6)
+
+def make(factor: int = 2):
+    return "a factory as before"
+'''
+
+
+def test_a_function_of_prompts_and_seeds_is_a_model(tmp_path):
+    import torch
+
+    from bench.capabilities import held
+
+    (tmp_path / "drawing.py").write_text(DRAWING)
+
+    def generate(name):
+        model = registry.find("adapters", f"{tmp_path}/drawing.py:{name}")
+        assert held(model) == ("TextToImage",) and model.__name__ == name
+        return model().generate(("four", "letters"), (1, 2))
+
+    for name, expected in (
+        ("floats", (4 / 20, 7 / 20)),
+        ("bytes_", (10 / 255, 20 / 255)),
+        ("images", (10 / 255, 20 / 255)),
+    ):
+        pictures = generate(name)
+        assert pictures.shape == (2, 3, 4, 6) and pictures.dtype == torch.float32
+        assert torch.equal(pictures[:, 0, 0, 0], torch.tensor(expected))
+    says = {
+        "uneven": "several sizes",
+        "arrays": r"ndarray of shape",
+        "grey": r"\[2, 1, 4, 6\]",
+        "too_few": "1 pictures for 2",
+    }
+    for name, text in says.items():
+        with pytest.raises(Error, match=text):
+            generate(name)
+    assert registry.find("adapters", f"{tmp_path}/drawing.py:make")() == "a factory as before"
+    identity = registry.identity(f"{tmp_path}/drawing.py:floats")
+    (tmp_path / "drawing.py").write_text(DRAWING + "# changed")
+    assert identity.startswith("drawing.py:floats@") and registry.identity(f"{tmp_path}/drawing.py:floats") != identity
+
+
+def test_a_function_is_checked_from_the_command_line(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\n\ndef draw(prompts, seeds):\n"
+        "    grey = [0.3 + 0.01 * len(p) for p in prompts]\n"
+        "    noise = [torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(s)) for s in seeds]\n"
+        "    return torch.stack([g + 0.1 * n for g, n in zip(grey, noise)])\n"
+    )
+    done = command(tmp_path, "check", "--model", "mine.py:draw")
+    assert done.code == 0 and "fail" not in done.out and "TextToImage: other order" in done.out, done.out
+
+
 def test_a_foreign_package_called_suites_is_reported_at_start(tmp_path):
     (tmp_path / "suites").mkdir()
     (tmp_path / "suites" / "__init__.py").write_text("")
