@@ -7,6 +7,8 @@ from typing import Literal
 from bench.adapters.stable_diffusion import StableDiffusion
 from bench.types import Weights
 
+CHECKPOINT = Weights("mini-sd")
+
 
 class MiniSD(StableDiffusion):
     """StableDiffusion on an embedded checkpoint, with the settings that it was tuned for (`bench/mini/README.md`).
@@ -16,7 +18,7 @@ class MiniSD(StableDiffusion):
 
     def __init__(
         self,
-        checkpoint: Weights = Weights("mini-sd"),
+        checkpoint: Weights = CHECKPOINT,
         unet: Weights | None = None,
         text_encoder: Weights | None = None,
         lora: Weights | None = None,

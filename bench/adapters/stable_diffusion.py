@@ -68,15 +68,14 @@ class StableDiffusion:
         self.safety_checker = _check_parts(folder, weights)
         self.guidance, self.steps, self.device = _guidance(guidance), steps, device
 
+        self._scheduler = _scheduler(folder, scheduler)
         self.unet = _diffusers_part(folder, "unet", "UNet2DConditionModel")
         self.vae = _diffusers_part(folder, "vae", "AutoencoderKL")
         self.text_encoder = _text_encoder(folder)
         self.tokenizer = _tokenizer(folder)
-        self._scheduler = _scheduler_settings(folder, scheduler)
-        probe = self._schedule(1)
-        self.prediction_type = probe.config.prediction_type  # "epsilon" or "v_prediction"
-        self.num_timesteps = probe.config.num_train_timesteps
-        self.alphas_cumprod = probe.alphas_cumprod.double()  # [num_timesteps]
+        self.prediction_type = self._scheduler.config.prediction_type  # "epsilon" or "v_prediction"
+        self.num_timesteps = self._scheduler.config.num_train_timesteps
+        self.alphas_cumprod = self._scheduler.alphas_cumprod.double()  # [num_timesteps]
         self._check_together(weights)
 
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # px of a picture's side per latent
@@ -203,8 +202,6 @@ class StableDiffusion:
 
     def timesteps(self, steps: int) -> Tensor:
         """Where `sample` calls the U-Net, from the noisiest on: [steps], or one more for pndm, which has one twice."""
-        if not 1 <= steps <= self.num_timesteps:
-            raise Error(f"stable-diffusion: {steps} steps are not in 1..{self.num_timesteps}")
         return self._schedule(steps).timesteps
 
     def sample(
@@ -220,7 +217,6 @@ class StableDiffusion:
         hidden = condition.hidden
         if len(hidden) != len(seeds):
             raise Error(f"stable-diffusion: {len(hidden)} conditions with {len(seeds)} seeds")
-        self.timesteps(steps)
         scheduler = self._schedule(steps)
         end = len(scheduler.timesteps) if stop_at is None else stop_at
         if not 0 <= end <= len(scheduler.timesteps):
@@ -266,10 +262,9 @@ class StableDiffusion:
 
     def _schedule(self, steps: int) -> Any:
         """A scheduler of its own for each trajectory: most of them remember earlier steps."""
-        import diffusers
-
-        name, settings = self._scheduler
-        scheduler = getattr(diffusers, name).from_config(settings)
+        if not 1 <= steps <= self.num_timesteps:
+            raise Error(f"stable-diffusion: {steps} steps are not in 1..{self.num_timesteps}")
+        scheduler = copy.deepcopy(self._scheduler)
         scheduler.set_timesteps(steps)
         return scheduler
 
@@ -360,6 +355,7 @@ def _diffusers_part(folder: Path, part: str, name: str) -> Any:
 
 def _text_encoder(folder: Path) -> Any:
     """CLIP's text encoder in float32; names with and without `text_model.` are read, in any release of transformers."""
+    from huggingface_hub import errors
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config, part = _config(folder, "text_encoder"), folder / "text_encoder"
@@ -367,8 +363,14 @@ def _text_encoder(folder: Path) -> Any:
         raise Error(f"stable-diffusion: {part} holds {config.get('architectures')} instead of CLIPTextModel")
     tensors = load_weights(_weights_file(folder, "text_encoder", "model"))
     try:
-        network = CLIPTextModel(CLIPTextConfig(**{k: v for k, v in config.items() if k != "torch_dtype"})).float()
-    except (ValueError, TypeError, RuntimeError, AttributeError) as e:
+        network = CLIPTextModel(CLIPTextConfig.from_dict(config)).float()
+    except (
+        ValueError,
+        TypeError,
+        RuntimeError,
+        AttributeError,
+        getattr(errors, "StrictDataclassError", ValueError),
+    ) as e:
         raise Error(f"stable-diffusion: {part} cannot be opened: {str(e).splitlines()[0][:300]}") from e
     network.load_state_dict(edits.match("text_encoder", network, tensors, str(part), whole=True))
     return network
@@ -383,12 +385,14 @@ def _tokenizer(folder: Path) -> Any:
         raise Error(f"stable-diffusion: {folder / 'tokenizer'} cannot be opened: {str(e)[:300]}") from e
 
 
-def _scheduler_settings(folder: Path, scheduler: str) -> tuple[str, dict[str, Any]]:
-    """The class of a scheduler and the settings of the folder's own, mended as StableDiffusionPipeline mends them.
+def _scheduler(folder: Path, scheduler: str) -> Any:
+    """A scheduler with the settings of the folder's own, mended as StableDiffusionPipeline mends them.
 
     Without that, DDIM made from the settings of another scheduler would clip latents as if they were pictures. PNDM
     leaves out the Runge-Kutta steps (PLMS), as Stable Diffusion's own settings say.
     """
+    import diffusers
+
     settings = _config(folder, "scheduler", "scheduler_config.json")
-    mended = {"clip_sample": False, "steps_offset": 1, "skip_prk_steps": True}
-    return SCHEDULERS[scheduler], {**settings, **mended}
+    settings |= {"clip_sample": False, "steps_offset": 1, "skip_prk_steps": True}
+    return getattr(diffusers, SCHEDULERS[scheduler]).from_config(settings)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-WORDS = "a red blue house cat dog by on lake street night two the of an old sailor portrait empty at".split()
+WORDS = ("a", "red", "blue", "house", "cat", "dog", "by", "on", "lake", "street", "night", "two", "the", "of", "old")
 
 
 def tokenizer(folder: Path, max_length: int, pad: str) -> None:
@@ -45,7 +45,7 @@ def fill(network: torch.nn.Module, salt: str = "") -> torch.nn.Module:
 
 
 def save(folder: Path, kind: str = "sd1") -> Path:
-    """Writes a pipeline: "sd1" (epsilon, padded with the end) or "sd2" (velocity, linear projections, padded with !)."""
+    """A pipeline: "sd1" (epsilon, padded with the end) or "sd2" (velocity, linear projections, padded with "!")."""
     from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -88,9 +88,7 @@ def save(folder: Path, kind: str = "sd1") -> Path:
     )
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
     if second:
-        scheduler = DDIMScheduler(
-            **schedule, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False
-        )
+        scheduler = DDIMScheduler(**schedule, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False)
     else:  # as the folders of SD 1.x are: of another scheduler, and silent about clip_sample
         scheduler = PNDMScheduler(**schedule, skip_prk_steps=True, set_alpha_to_one=False)
     pipe = StableDiffusionPipeline(
