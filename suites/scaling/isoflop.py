@@ -113,12 +113,10 @@ def parabola(
     elif strict and long > ONE_SIDED * short:
         problem = "the sizes lie to one side of the minimum"
     found = math.exp(v + centre)
-    # ln D of a row as a line in ln N, so that counted FLOPs are respected
-    slope, level = np.polyfit(u, np.log(tokens), 1)
     return Vertex(
         budget,
         params=found,
-        tokens=math.exp(level + slope * v),
+        tokens=_least_tokens(tokens, loss, u, v, w),
         loss=float(s - q * q / (4 * p)),
         log_se=log_se,
         low=math.exp(low + centre) if math.isfinite(low) else 0.0,
@@ -128,6 +126,17 @@ def parabola(
         sizes=n,
         problem=problem,
     )
+
+
+def _least_tokens(tokens: np.ndarray, loss: np.ndarray, u: np.ndarray, v: float, w: np.ndarray) -> float:
+    """D*: the vertex of the budget's own parabola in ln D; where that has none inside, ln D at v as a line in u."""
+    z = np.log(tokens)
+    p, q, _ = np.polyfit(z - z.mean(), loss, 2, w=np.sqrt(w))
+    own = -q / (2 * p) + z.mean() if p > 0 else math.nan
+    if z.min() < own < z.max():
+        return math.exp(own)
+    slope, level = np.polyfit(u, z, 1)
+    return math.exp(level + slope * v)
 
 
 def fieller(a: float, b: float, var_a: float, var_b: float, cov: float, t: float) -> tuple[float, float]:
