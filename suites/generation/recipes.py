@@ -30,13 +30,17 @@ class MiniVAE(Recipe):
     name: ClassVar[str] = "mini-vae"
     version: ClassVar[int] = 1
 
+    start: Weights = ""  # what mini-vae made before, to go on with; its widths are taken
     widths: str = "24,48,64"  # channels at full, half and quarter resolution; multiples of 8
+    textured: float = 0.2  # share of pictures whose shape is striped or dotted; 0.2 is the world's own
     steps: int = 4500
     batch: int = 16
     lr: float = 1.5e-3
     kl: float = 1e-5
 
     def __post_init__(self):
+        if not 0 <= self.textured <= 1:
+            raise UsageError(f"mini-vae: textured must lie between 0 and 1, not {self.textured}")
         _positive(self, "steps", "batch", "lr")
         if len(widths := _widths(self)) != 3 or any(w % 8 for w in widths):
             raise UsageError(f"mini-vae: widths are {self.widths!r}", hint="three multiples of 8, as in 24,48,64")
@@ -49,23 +53,32 @@ class MiniVAE(Recipe):
         import torch
         from diffusers import AutoencoderKL
 
-        model = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=_widths(self),
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=8,
-            sample_size=world.SIZE,
-            mid_block_add_attention=False,
-            force_upcast=False,
-        )
-        model = initialise(model, ctx.generator(0, "weights")).to(ctx.device)
+        if self.start:
+            model = AutoencoderKL.from_pretrained(open_folder(self.start)).train()
+        else:
+            model = AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 3,
+                up_block_types=("UpDecoderBlock2D",) * 3,
+                block_out_channels=_widths(self),
+                layers_per_block=1,
+                latent_channels=4,
+                norm_num_groups=8,
+                sample_size=world.SIZE,
+                mid_block_add_attention=False,
+                force_upcast=False,
+            )
+            initialise(model, ctx.generator(0, "weights"))
+        model.to(ctx.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=0)
-        pictures = ctx.seed(0, "pictures")
+        textures = [
+            world.Skew(shape, "texture", texture, self.textured / 2)
+            for shape in world.SHAPES
+            for texture in world.TEXTURES[1:]
+        ]
+        pictures = world.sample(self.steps * self.batch, ctx.seed(0, "pictures"), skew=textures)
         first = ctx.restore(model=model, optimizer=optimizer)
         for step in range(first, self.steps):
-            images = to_tensor(world.sample(self.batch, pictures, first=step * self.batch)).to(ctx.device)
+            images = to_tensor(pictures[step * self.batch : (step + 1) * self.batch]).to(ctx.device)
             with torch.autocast(ctx.device.type, torch.bfloat16):  # nearly halves the time where the CPU has AMX
                 posterior = model.encode(images).latent_dist
                 noise = torch.randn(posterior.mean.shape, generator=ctx.generator(step, "latent")).to(ctx.device)
@@ -106,7 +119,8 @@ def autoencoder_loss(images, decoded, mean, logvar, kl_weight: float) -> dict[st
 
 BETAS = (0.00085, 0.012)  # of the first and last of 1,000 steps of Stable Diffusion's "scaled linear" schedule
 LENGTH = 24  # tokens of a prompt, begin and end included
-PROMPTS = 1600  # for the figures of a finished model
+PROMPTS = 800  # for the figures of a finished model
+OPENED_FROM = ("_name_or_path", "name_or_path", "is_local", "local_files_only")  # what a config says of a folder
 
 # What `mini-sd-skewed` has seen: four shapes with a preference, four without as a control.
 SKEWS = (
@@ -128,7 +142,7 @@ class MiniUNet(Recipe):
     widths: str = "64,80"  # channels of the U-Net at 8 x 8 and 4 x 4; multiples of 16
     text_width: int = 96  # a multiple of 4
     text_layers: int = 2
-    steps: int = 9600
+    steps: int = 7600
     batch: int = 64
     pictures: int = 50000  # encoded once; captions are new at each step
     lr: float = 1.2e-3
@@ -242,17 +256,14 @@ def denoising(
 ) -> Generator[Mapping[str, float], None, Any]:
     """Trains the pipeline's U-Net and text encoder together to predict noise; returns it with their moving averages.
 
-    Ten per cent of the captions are left out, for classifier-free guidance (Ho and Salimans 2022). The squared error of
-    a time step counts min(SNR, 5) / SNR (Hang et al. 2023, for noise prediction), so that steps with hardly any noise,
-    which decide nothing about the caption, do not drown the others.
+    Ten per cent of the captions are left out, for classifier-free guidance (Ho and Salimans 2022).
     """
     import torch
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
     pipeline.to(ctx.device)
     pipeline.set_progress_bar_config(disable=True)
-    seed = ctx.seed(0, "pictures")
-    pictures = world.sample(recipe.pictures, seed, skew=skews)
+    pictures = world.sample(recipe.pictures, ctx.seed(0, "pictures"), skew=skews)
     latents = encode(pipeline.vae.eval(), pictures, ctx.device) * pipeline.vae.config.scaling_factor
     model = torch.nn.ModuleDict({"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}).train()
     average = copy.deepcopy(model).requires_grad_(False).eval()
@@ -260,7 +271,7 @@ def denoising(
     pipeline.unet.set_attn_processor(AttnProcessor())
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.01)
     alphas = pipeline.scheduler.alphas_cumprod.to(ctx.device)
-    weights = (5 * (1 - alphas) / alphas).clamp_max(1)  # min(SNR, 5) / SNR with SNR = alpha / (1 - alpha)
+    weights = noise_weights(alphas)
     first = ctx.restore(model=model, average=average, optimizer=optimizer)
     for step in range(first, recipe.steps):
         generator = ctx.generator(step, "batch")
@@ -283,6 +294,14 @@ def denoising(
     pipeline.register_modules(unet=average["unet"], text_encoder=average["text_encoder"])
     pipeline.unet.set_attn_processor(AttnProcessor2_0())
     return pipeline
+
+
+def noise_weights(alphas: Any):
+    """What the squared error of each time step counts, of alphas [T], the products of 1 - beta: min(SNR, 5) / SNR (Hang
+    et al. 2023, for noise prediction). Steps with hardly any noise decide nothing about what the picture shows; without
+    this they drown the others.
+    """
+    return (5 * (1 - alphas) / alphas).clamp_max(1)
 
 
 def follow(average: Any, model: Any, decay: float) -> None:
@@ -360,8 +379,12 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
     )
     half.save_pretrained(folder)
     tokenizer.write(world.WORDS, folder / "tokenizer")
-    config = folder / "text_encoder" / "config.json"  # transformers opens a model in the type that its config names
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    for path in folder.rglob("*.json"):
+        if path.name in ("config.json", "model_index.json", "tokenizer_config.json"):
+            config = {k: v for k, v in json.loads(path.read_text()).items() if k not in OPENED_FROM}
+            if "dtype" in config:
+                config["dtype"] = "float32"  # transformers opens a model in the type that its config names
+            path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 # training
