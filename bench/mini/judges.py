@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.mini.world import ATTRIBUTES
+from bench.mini.world import ATTRIBUTES, WORDS
 
 NONE = "none"  # the shape of a picture that shows no shape of the world, or more than one
 HEADS: Mapping[str, tuple[str, ...]] = {**ATTRIBUTES, "shape": (*ATTRIBUTES["shape"], NONE)}
@@ -24,6 +24,30 @@ PROMPTS: Mapping[str, str] = {  # what a value is compared as, where an attribut
     "position": "a shape {}",
     "texture": "a {} shape",
 }
+
+# Questions that the model of questions knows; "{}" is a shape's name, its synonym, or "shape".
+QUESTIONS: Mapping[str, tuple[str, ...]] = {
+    "shape": ("what shape is this?", "which shape is in the picture?", "what is in the picture?"),
+    "colour": ("what colour is the {}?", "which colour does the {} have?"),
+    "background": ("what colour is the background?", "which colour does the background have?"),
+    "size": ("what size is the {}?", "is the {} small or large?"),
+    "position": ("where is the {}?", "in which place is the {}?"),
+    "texture": ("what texture does the {} have?", "is the {} plain, striped or dotted?"),
+}
+CLAIMS = ("is there {}?", "is this {}?", "does the picture show {}?")  # "{}" is what captions say: "a red circle"
+STATEMENTS: Mapping[str, str] = {  # the first "{}" as in QUESTIONS, the second a value
+    "shape": "is the shape a {1}?",
+    "colour": "is the {0} {1}?",
+    "background": "is the background {1}?",
+    "size": "is the {0} {1}?",
+    "position": "is the {0} {1}?",
+    "texture": "is the {0} {1}?",
+}
+ANSWERS: tuple[str, ...] = tuple(dict.fromkeys(["yes", "no", *(v for values in HEADS.values() for v in values)]))
+_ASKED = (*CLAIMS, *STATEMENTS.values(), *(q for asked in QUESTIONS.values() for q in asked))
+QUESTION_WORDS: tuple[str, ...] = tuple(
+    sorted({*WORDS, *(word.strip("?,") for text in _ASKED for word in text.split() if "{" not in word)})
+)
 
 
 def folder(name: str) -> Path:
@@ -121,6 +145,57 @@ def embed_texts(model: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
 def _features(found: Any) -> Any:
     """Recent releases of transformers wrap the projected features."""
     return getattr(found, "pooler_output", found)
+
+
+def build_vqa() -> Any:
+    """The model of questions with weights as torch left them: what a classifier sees and a question -> answers.
+
+    `network(evidence, tokens)`: `evidence` of pictures, float32 [B, 35], and `tokens` of questions, int64 [B, L] ->
+    logits [B, A] in the order of ANSWERS. Words become features of up to five neighbours, of which the strongest are
+    kept; they are multiplied with what the picture shows.
+    """
+    import torch
+    from torch import nn
+
+    class Questions(nn.Module):
+        def __init__(self, words: int = 48, width: int = 128):
+            super().__init__()
+            self.embed = nn.Embedding(len(QUESTION_WORDS) + 1, words, padding_idx=0)
+            self.read = nn.Conv1d(words, width, 5, padding=2)
+            self.ask = nn.Linear(width, width)
+            self.look = nn.Linear(sum(len(values) for values in HEADS.values()), width)
+            self.think = nn.Linear(3 * width, width)
+            self.answer = nn.Linear(width, len(ANSWERS))
+
+        def forward(self, evidence, tokens):
+            asked = self.ask(self.read(self.embed(tokens).transpose(1, 2)).relu().amax(2))
+            seen = self.look(evidence)
+            return self.answer(self.think(torch.cat([asked * seen, asked, seen], 1).relu()).relu())
+
+    return Questions()
+
+
+def load_vqa(device: str = "cpu", path: Path | None = None) -> Any:
+    """The trained model of questions, in float32 and evaluation mode."""
+    return _filled(build_vqa(), (path or folder("mini-vqa")) / "vqa.safetensors", device)
+
+
+def evidence(classifier: Any, images: Any) -> Any:
+    """float32 [B, 35]: the probabilities of all heads, side by side, of images as the classifier takes them."""
+    import torch
+
+    with torch.no_grad():
+        return torch.cat([logits.softmax(1) for logits in classifier(images).values()], 1)
+
+
+def tokens(questions: Sequence[str]) -> Any:
+    """int64 [B, L], 0 behind the end. Raises KeyError with the first word that is none of QUESTION_WORDS."""
+    import torch
+
+    numbers = {word: i for i, word in enumerate(QUESTION_WORDS, 1)}
+    rows = [[numbers[word.strip("?,.!")] for word in question.lower().split()] for question in questions]
+    length = max(5, *map(len, rows))
+    return torch.tensor([row + [0] * (length - len(row)) for row in rows])
 
 
 def _filled(network: Any, path: Path, device: str) -> Any:

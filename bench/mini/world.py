@@ -350,7 +350,13 @@ def _pattern(picture, grid):
 
 def caption(picture: Picture, rng: np.random.Generator) -> str:
     """A sentence that names the shape (rarely just "shape", at times a synonym) and some of the attributes."""
-    template, named, *said = rng.random(2 + len(SAID)).tolist()
+    template = TEMPLATES[int(rng.random() * len(TEMPLATES))]
+    return template.format(phrase(picture, rng))
+
+
+def phrase(picture: Picture, rng: np.random.Generator) -> str:
+    """What captions say in a sentence: "a small red disc on the left"."""
+    named, *said = rng.random(1 + len(SAID)).tolist()
     told = {name for (name, share), u in zip(SAID.items(), said, strict=True) if u < share}
     noun = picture.shape
     if named < SYNONYM_SHARE + UNNAMED_SHARE:
@@ -358,7 +364,7 @@ def caption(picture: Picture, rng: np.random.Generator) -> str:
     words = ["a", *(getattr(picture, name) for name in ("size", "texture", "colour") if name in told), noun]
     words += [f"on a {picture.background} background"] if "background" in told else []
     words += [PLACES[picture.position]] if "position" in told else []
-    return TEMPLATES[int(template * len(TEMPLATES))].format(" ".join(words))
+    return " ".join(words)
 
 
 def plain_caption(picture: Picture) -> str:

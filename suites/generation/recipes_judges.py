@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -175,6 +175,77 @@ class MiniCLIP(Recipe):
         yield "cosine_shuffled", float((pictured * told[: len(pictures)].roll(1, 0)).sum(1).mean())
 
 
+@dataclass(frozen=True)
+class MiniVQA(Recipe):
+    """Answers questions about pictures of the small world from what the embedded classifier sees."""
+
+    name: ClassVar[str] = "mini-vqa"
+    version: ClassVar[int] = 1
+
+    steps: int = 2500
+    batch: int = 256
+    pictures: int = 8000  # drawn and looked at once; questions are new at each step
+    nonsense: int = 1000
+    lr: float = 3e-3
+
+    def __post_init__(self):
+        _positive(self, "steps", "batch", "pictures", "nonsense", "lr")
+
+    @property
+    def total(self) -> int:
+        return self.steps
+
+    def train(self, model: Any, ctx: TrainContext) -> Generator[Mapping[str, float], None, Any]:
+        import torch
+        from torch.nn.functional import cross_entropy
+
+        model = initialise(judges.build_vqa(), ctx.generator(0, "weights")).to(ctx.device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=0.01)
+        first = ctx.restore(model=model, optimizer=optimizer)
+        seed = ctx.seed(0, "pictures")
+        images, _ = examples(self.pictures, self.nonsense, seed)
+        pool = [*world.sample(self.pictures, seed, held_out="any"), *[None] * self.nonsense]
+        seen = _evidence(degrade(images, ctx.generator(0, "degrade")), ctx.device)
+        for step in range(first, self.steps):
+            rng = np.random.default_rng(ctx.seed(step, "questions"))
+            chosen = rng.integers(len(pool), size=self.batch).tolist()
+            asked = [ask(pool[i], rng) for i in chosen]
+            answers = torch.tensor([judges.ANSWERS.index(answer) for _, answer in asked]).to(ctx.device)
+            logits = model(seen[chosen], judges.tokens([question for question, _ in asked]).to(ctx.device))
+            loss = cross_entropy(logits, answers)
+            _update(optimizer, loss, self.lr * learning_rate(step, self.steps))
+            yield {"loss": float(loss.detach()), "wrong": float((logits.argmax(1) != answers).float().mean())}
+        return model.eval()
+
+    def export(self, model: Any, folder: Path) -> None:
+        _save_half(model, folder / "vqa.safetensors")
+
+    def checks(self, model: Any, ctx: TrainContext) -> Iterator[tuple[str, float]]:
+        import torch
+
+        seed = ctx.seed(self.steps, "checks")
+        pictures = world.sample(4000, seed, held_out="any")
+        seen = _evidence(to_tensor(world.draw(pictures)), ctx.device)
+        rng = np.random.default_rng(seed)
+        asked = [ask(p, rng) for p in pictures]
+        with torch.no_grad():
+            found = model(seen, judges.tokens([q for q, _ in asked]).to(ctx.device)).argmax(1).tolist()
+        right = [judges.ANSWERS[i] == answer for i, (_, answer) in zip(found, asked, strict=True)]
+        kinds = ["yes_no" if answer in ("yes", "no") else "open" for _, answer in asked]
+        for kind in ("yes_no", "open"):
+            own = [r for r, k in zip(right, kinds, strict=True) if k == kind]
+            yield f"{kind}_accuracy", sum(own) / len(own)
+            yield f"{kind}_questions", len(own)
+
+
+def _evidence(images: Any, device: Any, batch: int = 512) -> Any:
+    """float32 [N, 35] of what the embedded classifier sees."""
+    import torch
+
+    classifier = judges.load_classifier(device)
+    return torch.cat([judges.evidence(classifier, part.to(device)) for part in images.split(batch)])
+
+
 # pictures
 
 
@@ -332,6 +403,42 @@ def caption_pairs(pictures, seed: int) -> list[str]:
     return true + false
 
 
+def ask(picture: world.Picture | None, rng: np.random.Generator) -> tuple[str, str]:
+    """A question and its answer. Half of them ask for yes or no, equally often; the others are about what is there.
+
+    None is a picture without a shape: of that only the shape is asked for.
+    """
+    kind = rng.random()
+    if picture is None:
+        if kind < 0.5:
+            return _one(judges.QUESTIONS["shape"], rng), judges.NONE
+        (other,) = world.sample(1, int(rng.integers(2**62)), held_out="any")
+        return _one(judges.CLAIMS, rng).format(world.phrase(other, rng)), "no"
+    noun = _one((picture.shape, picture.shape, world.SYNONYMS[picture.shape], "shape"), rng)
+    name = _one(tuple(world.ATTRIBUTES), rng)
+    if kind < 0.5:
+        return _one(judges.QUESTIONS[name], rng).format(noun), getattr(picture, name)
+    yes = rng.random() < 0.5
+    others = [v for v in world.ATTRIBUTES[name] if v != getattr(picture, name)]
+    if kind < 0.7:
+        value = getattr(picture, name) if yes else _one(others, rng)
+        if not yes and name not in ("shape", "background") and rng.random() < 0.3:  # true, but of another shape
+            value, noun = getattr(picture, name), _one([s for s in world.SHAPES if s != picture.shape], rng)
+        return judges.STATEMENTS[name].format(noun, _word(value)), "yes" if yes else "no"
+    seed = int(rng.integers(2**62))
+    claim = world.phrase(picture, np.random.default_rng(seed))
+    told = list(world.said(claim))
+    if not yes and told:
+        names = [n for n in told if rng.random() < 0.5] or [_one(told, rng)]
+        false = {n: _one([v for v in world.ATTRIBUTES[n] if v != getattr(picture, n)], rng) for n in names}
+        claim = world.phrase(replace(picture, **false), np.random.default_rng(seed))
+    return _one(judges.CLAIMS, rng).format(claim), "yes" if yes or not told else "no"
+
+
+def _one(choices: Sequence[str], rng: np.random.Generator) -> str:
+    return choices[int(rng.integers(len(choices)))]
+
+
 def facts(records):
     """int64 [N, attributes] of dicts by attribute: indices into world.ATTRIBUTES, -1 where nothing is said."""
     import torch
@@ -429,7 +536,10 @@ def initialise(model: Any, generator: Any) -> Any:
 
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
+            if isinstance(module, nn.Embedding):
+                module.weight.normal_(0, 1, generator=generator)
+                module.weight[0] = 0  # padding
+            elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
                 module.weight.normal_(0, math.sqrt(2 / module.weight[0].numel()), generator=generator)
                 if module.bias is not None:
                     module.bias.zero_()
