@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench.stats import num_clusters, paired_difference
@@ -60,6 +60,11 @@ def compare(a: Run, b: Run) -> Comparison:
                 f"the runs differ in {what.replace('_', ' ')}: {_brief(x)} and {_brief(y)}",
                 hint="score both models with the same suite, parameters and data",
             )
+    table_a, table_b = a.table(), b.table()
+    rows_a, rows_b = ({row["item"]: row for row in table.rows} for table in (table_a, table_b))
+    items = sorted(rows_a.keys() & rows_b.keys())
+    if not items:
+        raise Error("the runs share no item", hint="bench show RUN tells what each measured")
     other = {s.metric: s for s in b.scores() if s.slice == "all"}
     scores = [(s, other[s.metric]) for s in a.scores() if s.slice == "all" and s.metric in other]
     for x, y in scores:
@@ -68,11 +73,6 @@ def compare(a: Run, b: Run) -> Comparison:
                 f"the runs differ in how {x.metric} was measured: {x.signature} and {y.signature}",
                 hint="score both models again with the same versions and weights",
             )
-    table_a, table_b = a.table(), b.table()
-    rows_a, rows_b = ({row["item"]: row for row in table.rows} for table in (table_a, table_b))
-    items = sorted(rows_a.keys() & rows_b.keys())
-    if not items:
-        raise Error("the runs share no item", hint="bench show RUN tells what each measured")
     whole = len(items) == len(rows_a) == len(rows_b)
     clusters = [str(rows_a[i].get("cluster") or i) for i in items]
     names = a.meta["model"], b.meta["model"]
@@ -121,18 +121,38 @@ def set_differences(run: Run, a: Table, b: Table) -> dict[str, Estimate]:
 
     try:
         metrics: tuple[Any, ...] = suite_of(run).metrics
-    except Error:  # of a package or a file that is not here
+    except (KeyError, Error):  # of a package or a file that is not here
         return {}
     found: dict[str, Estimate] = {}
     for metric in metrics:
         if not hasattr(metric, "difference"):
             continue
         try:
-            parts: Mapping[str, Estimate] = metric.difference(*matched_sets(a, b, metric.extractor))
+            parts: Mapping[str, Estimate] = metric.difference(*_clustered_alike(*matched_sets(a, b, metric.extractor)))
         except (KeyError, Error):  # a run without these features, or too few rows shared
             continue
         found |= {f"{metric.name}.{part}" if part else metric.name: e for part, e in parts.items()}
     return found
+
+
+def _clustered_alike(a: Any, b: Any) -> tuple[Any, Any]:
+    """Two `bench.metrics.sets.Sets` of matched rows, where rows that depend on each other in either do so in both.
+
+    Clusters are numbered by their first row, so that both are split alike wherever a metric halves them.
+    """
+    import numpy as np
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    if (len(a.generated), len(a.reference)) != (len(b.generated), len(b.reference)):
+        return a, b  # refused by the metric
+    x, y = (np.unique([*s.generated_clusters, *s.reference_clusters], return_inverse=True)[1] for s in (a, b))
+    size = int(x.max() + y.max()) + 2
+    joins = coo_array((np.ones(len(x)), (x, y + x.max() + 1)), shape=(size, size))
+    _, first, which = np.unique(connected_components(joins)[1][x], return_index=True, return_inverse=True)
+    names = [str(row) for row in first[which]]
+    n = len(a.generated)
+    return tuple(replace(s, generated_clusters=names[:n], reference_clusters=names[n:]) for s in (a, b))
 
 
 def independent(a: Score, b: Score) -> Estimate:

@@ -21,11 +21,15 @@ def go(folder, name, bright, suite=None, **more):
     )
 
 
-def test_another_signature_gives_no_difference(tmp_path):
+def test_another_signature_is_refused_but_for_the_size_of_the_sets(tmp_path):
     a, b = go(tmp_path, "plain", 0.0), go(tmp_path, "bright", 0.1)
-    b.save_scores([replace(s, signature=s.signature + "|v:2") for s in b.scores()])
-    (d,) = compare(a, b).differences
-    assert d.value is None and d.low is None and d.verdict.startswith("signatures differ")
+    plain = b.scores()
+    b.save_scores([replace(s, signature=s.signature + "|v:2") for s in plain])
+    with pytest.raises(Error, match=r"differ in how mean was measured: mean.* and mean.*v:2") as caught:
+        compare(a, b)
+    assert "same versions" in caught.value.hint
+    b.save_scores([replace(s, signature=s.signature + "|n:9|m:3") for s in plain])
+    assert compare(a, b).differences[0].value is not None
 
 
 def test_the_difference_is_paired_and_judged(tmp_path, capsys):
@@ -40,7 +44,8 @@ def test_the_difference_is_paired_and_judged(tmp_path, capsys):
     interval = expected.confidence_interval()
     assert d.metric == "mean" and d.n == 12 and abs(d.value - np.mean(np.subtract(y, x))) < 1e-12
     assert abs(d.low - interval.low) < 1e-9 and abs(d.high - interval.high) < 1e-9
-    assert d.verdict == "bright better" and abs(d.a - np.mean(x)) < 1e-12
+    assert d.verdict == "bright better" and abs(d.a - np.mean(x)) < 1e-12 and d.method == "t"
+    assert d.gain is None  # the scores of this toy have no intervals
     movers = found.movers["mean"]
     gaps = [abs(q - p) for _, p, q in movers]
     assert len(movers) == 5 and gaps == sorted(gaps, reverse=True) and gaps[0] == max(abs(np.subtract(y, x)))
@@ -131,14 +136,33 @@ class Spreading(Drawing):
         return (*Drawing.metrics, Spread())
 
 
-def test_a_metric_that_is_no_mean_has_no_interval_and_needs_equal_signatures(tmp_path):
+def test_a_metric_that_is_no_mean_has_no_interval_of_its_own(tmp_path):
     a, b = go(tmp_path, "a", 0.0, Spreading()), go(tmp_path, "b", 0.1, Spreading())
     d = compare(a, b).differences[1]
-    assert (d.metric, d.low, d.high, d.verdict) == ("spread", None, None, "signatures equal")
+    assert (d.metric, d.low, d.high, d.verdict, d.gain) == ("spread", None, None, "no interval", None)
     assert abs(d.value - (b.scores()[1].value - a.scores()[1].value)) < 1e-12
-    b.save_scores([replace(s, signature="spread|b") if s.metric == "spread" else s for s in b.scores()])
+
+
+def scores_with(run, **changed):
+    run.save_scores([replace(s, **changed) if s.metric == "spread" else s for s in run.scores()])
+
+
+def test_independent_errors_add_in_squares_and_the_verdict_says_so(tmp_path):
+    """Half-widths 3 and 4 make 5."""
+    a, b = go(tmp_path, "a", 0.0, Spreading()), go(tmp_path, "b", 0.1, Spreading())
+    scores_with(a, value=10.0, low=7.0, high=13.0), scores_with(b, value=16.0, low=12.0, high=20.0)
     d = compare(a, b).differences[1]
-    assert d.value is None and d.verdict == "signatures differ: spread|a and spread|b"
+    assert (d.value, d.low, d.high, d.method, d.gain) == (6.0, 1.0, 11.0, "independent", None)
+    assert d.verdict == "a better, unpaired"
+    scores_with(b, value=12.0, low=8.0, high=16.0)
+    assert compare(a, b).differences[1].verdict == "not distinguishable, unpaired"
+
+
+def test_values_of_sets_of_other_size_are_not_subtracted(tmp_path):
+    a, b = go(tmp_path, "a", 0.0, Spreading()), go(tmp_path, "b", 0.1, Spreading())
+    scores_with(a, signature="spread|n:10|a"), scores_with(b, signature="spread|n:11|a")
+    d = compare(a, b).differences[1]
+    assert (d.value, d.verdict) == (None, "the sets differ in size")
 
 
 def test_the_verb(tmp_path):

@@ -293,6 +293,85 @@ def test_a_live_set_of_arrays_is_a_model(tmp_path):
     assert rows.column("format") == [None] * 3
 
 
+# -- two models against one reference
+
+
+def test_the_paired_difference_is_that_of_the_features(folders, scored):
+    """Against the metrics' own pure functions on features computed here, relative 1e-4: float32 in other batches."""
+    from bench.compare import compare
+    from bench.metrics.frechet import frechet_difference
+
+    soft = score(folders / "soft", folders / "ref", scored.store.root)
+    found = compare(scored, soft)
+    assert (found.shared, found.same_seed) == (N, True)
+    by_metric = {d.metric: d for d in found.differences}
+    a, b, ref = (features(v) for v in (pictures(N, 1), pictures(N, 1, soft=True), pictures(M, 2)))
+    names = [str(i) for i in range(N + M)]
+    expected = frechet_difference(a, b, ref, names[:N], names[N:])
+    d = by_metric["frechet-embedded.corrected"]
+    assert d.value == pytest.approx(expected.value, rel=1e-4) and d.low < d.value < d.high
+    assert d.verdict == "sharp better" and d.gain > 1 and "paired" in d.method
+    plain = by_metric["frechet-embedded"]
+    assert plain.value == pytest.approx(plain.b - plain.a) and plain.verdict == "no interval"
+    back = {d.metric: d for d in compare(soft, scored).differences}["frechet-embedded.corrected"]
+    assert (back.value, back.low, back.verdict) == (pytest.approx(-d.value), pytest.approx(-d.high), "sharp better")
+
+
+def test_rows_that_depend_on_each_other_in_either_run_do_so_in_both():
+    from bench.compare import _clustered_alike
+    from bench.metrics.sets import Sets
+
+    def sets(generated, reference):
+        rows = [np.zeros((len(names), 2), np.float32) for names in (generated, reference)]
+        return Sets(*rows, False, list(generated), list(reference))
+
+    a, b = _clustered_alike(sets("abcdd", "xyd"), sets("pqprs", "xyz"))
+    assert a.generated_clusters == b.generated_clusters == ["0", "1", "0", "3", "3"]
+    assert a.reference_clusters == b.reference_clusters == ["5", "6", "3"]
+
+
+def test_sets_without_shared_names_are_compared_unpaired(folders, scored, tmp_path):
+    from bench.compare import compare
+
+    save(tmp_path / "other", pictures(N, 1, soft=True), first=5000)
+    found = compare(scored, score(tmp_path / "other", folders / "ref", scored.store.root))
+    d = {d.metric: d for d in found.differences}["frechet-embedded.corrected"]
+    assert found.shared == 0 and d.method == "independent" and d.verdict == "sharp better, unpaired" and d.gain is None
+
+
+def test_another_reference_or_protocol_is_refused(folders, scored):
+    from bench.compare import compare
+
+    with pytest.raises(Error, match="the runs differ in reference"):
+        compare(scored, score(folders / "soft", folders / "sharp", scored.store.root))
+    with pytest.raises(Error, match="the runs differ in size: None and 64"):
+        compare(scored, score(folders / "soft", folders / "ref", scored.store.root, fields={"size": 64}))
+
+
+def test_a_board_ties_models_by_their_paired_difference(folders, scored, tmp_path):
+    """Copies with a grey level added: unpaired intervals overlap, paired ones do not."""
+    from bench.compare import compare
+    from bench.report import render
+    from bench.report.collect import read_pairs
+
+    brighter = np.minimum(pictures(N, 1).astype(int) + 6, 255).astype(np.uint8)
+    run = score(save(tmp_path / "brighter", brighter), folders / "ref", scored.store.root)
+    one, other = (by_name(r)["frechet-embedded.corrected"] for r in (scored, run))
+    assert one.high > other.low  # unpaired, nothing can be told
+    (tmp_path / "b.toml").write_text(
+        'title = "b"\nsources = ["store"]\n[select]\nsuite = ["images"]\nmodel = ["sharp", "brighter"]\n'
+        '[[column]]\nsuite = "images"\nmetric = "frechet-embedded.corrected"\n'
+        '[rank]\nby = "images:frechet-embedded.corrected"\n'
+    )
+    render(tmp_path / "b.toml", scored.store, tmp_path / "out")
+    (((_, first, second), pair),) = read_pairs((tmp_path / "out" / "pairs.csv").read_text())
+    d = {d.metric: d for d in compare(*map(scored.store.run, (second, first))).differences}[
+        "frechet-embedded.corrected"
+    ]
+    assert (pair.value, pair.low, pair.high) == (d.value, d.low, d.high)
+    assert pair.low * pair.high > 0 and "paired" in pair.method
+
+
 # -- protocols
 
 
