@@ -159,10 +159,10 @@ def _of_blocks(moments: BlockMoments, slope: np.ndarray, projection: np.ndarray)
     curvature = np.eye(moments.dim) - projection @ projection.T
     found = np.zeros(len(moments.blocks))
     for k, block in enumerate(moments.blocks):
-        if block.n > 1:
+        if block.n:
             shift = block.mean() - total
-            inner = float(np.vdot(curvature, block.covariance(biased=True))) + shift @ curvature @ shift
-            found[k] = (slope @ shift + inner) * block.n / moments.n
+            own = float(np.vdot(curvature, block.covariance(biased=True))) if block.n > 1 else 0.0
+            found[k] = (slope @ shift + own + shift @ curvature @ shift) * block.n / moments.n
     return found - found.sum() * np.array([block.n for block in moments.blocks]) / moments.n
 
 

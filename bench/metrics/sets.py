@@ -180,6 +180,11 @@ class SetMetric:
 
         opened(self.extractor, ctx)
 
+    def identity(self, ctx) -> str:
+        from bench.metrics.extractors import opened
+
+        return opened(self.extractor, ctx).fingerprint
+
     @property
     def weights(self) -> tuple[str, ...]:
         """The weights manifests that measuring will ask for."""
@@ -188,16 +193,21 @@ class SetMetric:
         return manifests(self.extractor)
 
     def measure(self, media, ctx):
-        from bench.metrics.extractors import features, opened
+        from bench.metrics.extractors import opened
 
         present = [(name, media[key]) for name, key in (("real", self.real), ("fake", self.fake)) if key in media]
-        found = {
-            name if len(present) == 2 else "": features(self.extractor, images, ctx, self.quantise, self.value_range)
-            for name, images in present
-        }
+        found = {name if len(present) == 2 else "": self.features_of(images, ctx) for name, images in present}
         columns = {f"{self.extractor}/{name}" if name else self.extractor: rows for name, rows in found.items()}
         n = len(present[0][1]) if present else 0
-        return {**columns, net_column(self.extractor): [opened(self.extractor, ctx).fingerprint] * n}
+        network = opened(self.extractor, ctx)
+        columns[net_column(self.extractor)] = [network.fingerprint] * n
+        return {**columns, resize_column(self.extractor): [_resize_of(network)] * n}
+
+    def features_of(self, images: Any, ctx: Any) -> np.ndarray:
+        """float32 [B, d] of one batch of media."""
+        from bench.metrics.extractors import features
+
+        return features(self.extractor, images, ctx, self.quantise, self.value_range)
 
     def reduce(self, table):
         try:
@@ -226,8 +236,20 @@ def net_column(extractor: str) -> str:
     return f"{extractor}-net"
 
 
+def resize_column(extractor: str) -> str:
+    """The column that says how a row's picture reached the size of that network: "clean-299"."""
+    return f"{extractor}-resize"
+
+
+def _resize_of(network: Any) -> str:
+    how = getattr(network, "preparation", None)
+    if how is None or how.resize == "none":
+        return "own"  # the network takes pictures as they are
+    return f"{how.resize}-{how.size}" + (f"-{how.crop}" if how.crop != "none" else "")
+
+
 def describe_sets(table: Table, extractor: str) -> str:
-    """Sizes, network and resize for a signature: "n:500|m:30000|net:inception@3f2a90c1|resize:clean"."""
+    """Sizes, network and resize for a signature: "n:500|m:30000|net:inception@3f2a90c1|resize:clean-299"."""
     sides = table.column(SIDE)
     independent = any(side is not None for side in sides)
     sizes = f"n:{sides.count(GENERATED)}|m:{sides.count(REFERENCE)}" if independent else f"n:{len(table)}|ref:self"
@@ -235,7 +257,9 @@ def describe_sets(table: Table, extractor: str) -> str:
 
 
 def describe_network(table: Table, extractor: str) -> str:
-    """Network and resize for a signature: "net:inception@3f2a90c1|resize:clean"."""
-    nets = sorted({str(v) for v in table.column(net_column(extractor)) if v is not None})
-    resize = extractor.partition("-")[2] if extractor.startswith("inception-") else "own"
-    return f"net:{'+'.join(nets) or 'none'}|resize:{resize}"
+    """Network and resize for a signature: "net:inception@3f2a90c1|resize:clean-299"."""
+    nets, resizes = (
+        "+".join(sorted({str(v) for v in table.column(column) if v is not None})) or "none"
+        for column in (net_column(extractor), resize_column(extractor))
+    )
+    return f"net:{nets}|resize:{resizes}"
