@@ -31,7 +31,6 @@ AGREE = 1e-8  # relative difference of objectives that are the same optimum
 EXACT = 1e-16  # objective below which the residuals are rounding
 PROFILE = 40  # values of E
 CHI2 = 3.841458820694124  # the 95 % quantile of chi-squared with one degree of freedom
-LEAST_ROWS = 6
 
 
 @dataclass(frozen=True)
@@ -151,11 +150,11 @@ def fit_surface(
 
     `objective` is one of OBJECTIVES, `form` one of FORMS; `floor` holds E at a value; `weights` [n] multiply rows;
     `delta` replaces the threshold that the objective would take. Raises ValueError naming what is wrong: arrays of
-    other lengths, values that are not positive and finite, fewer than 6 rows, sizes or tokens that do not vary.
+    other lengths, values that are not positive and finite, too few rows, sizes or tokens that do not vary.
     """
-    data, centre = prepare(params, tokens, loss)
-    m = _weights(weights, len(data.x))
     shape = form_of(form, floor)
+    data, centre = prepare(params, tokens, loss, shape.free.shape[1] + 1)
+    m = _weights(weights, len(data.x))
     if objective not in OBJECTIVES:
         raise ValueError(f"objective {objective!r} is not one of {', '.join(OBJECTIVES)}")
     solved, criterion, sigma = _solve(data, m, objective, shape, delta)
@@ -203,14 +202,14 @@ def fit_surface(
     return replace(found, warnings=tuple(_warnings(found, data)))
 
 
-def prepare(params: Any, tokens: Any, loss: Any) -> tuple[Data, tuple[float, float]]:
-    """Checked, centred logarithms; raises ValueError naming the column and the first bad row."""
+def prepare(params: Any, tokens: Any, loss: Any, least: int = 6) -> tuple[Data, tuple[float, float]]:
+    """Checked, centred logarithms; raises ValueError naming the column and the first bad row, or too few rows."""
     columns = {"params": params, "tokens": tokens, "loss": loss}
     arrays = {name: np.asarray(values, np.float64) for name, values in columns.items()}
     if len({a.shape for a in arrays.values()}) > 1 or arrays["loss"].ndim != 1:
         raise ValueError("params, tokens and loss must be one-dimensional and of one length")
-    if len(arrays["loss"]) < LEAST_ROWS:
-        raise ValueError(f"a surface of five parameters needs {LEAST_ROWS} rows or more, not {len(arrays['loss'])}")
+    if len(arrays["loss"]) < least:
+        raise ValueError(f"a surface of {least - 1} parameters needs {least} rows or more, not {len(arrays['loss'])}")
     for name, values in arrays.items():
         bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
         if len(bad):

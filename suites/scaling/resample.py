@@ -93,7 +93,7 @@ def resample(
         raise ValueError(f"resampling {kind!r} is not one of {', '.join(KINDS)}")
     if kind == "wild" and fit.delta < 0.5 * fit.sigma:
         raise ValueError("wild resampling is refused with a Huber threshold far below the residuals; take 'residual'")
-    data, centre = fitting.prepare(params, tokens, loss)
+    data, centre = fitting.prepare(params, tokens, loss, 5)
     m = fitting._weights(weights, fit.n)
     rng = np.random.Generator(np.random.Philox(key=[seed, KINDS.index(kind)]))
     n = fit.n
@@ -196,7 +196,7 @@ def bca(values: np.ndarray, estimate: float, jackknife: np.ndarray, level: float
 
 def jackknife(fit: SurfaceFit, params: Any, tokens: Any, loss: Any, run_id: Sequence[str] | None = None) -> np.ndarray:
     """Surfaces [G, 5] without each row, or without each run where `run_id` is given: for the acceleration of BCa."""
-    data, centre = fitting.prepare(params, tokens, loss)
+    data, centre = fitting.prepare(params, tokens, loss, 5)
     names = np.arange(fit.n) if run_id is None else np.unique(np.asarray(run_id, str), return_inverse=True)[1]
     left = (names[None, :] != np.arange(names.max() + 1)[:, None]).astype(np.float64)
     criterion = fitting.criterion_of(fit.objective, fit.sigma, fit.delta if np.isfinite(fit.delta) else None)
@@ -222,7 +222,7 @@ def delta_t(
 
     if not sandwich and fit.objective not in ("ls_log", "ls_raw"):
         raise ValueError(f"the covariance of least squares does not belong to {fit.objective}; take the sandwich")
-    data, centre = fitting.prepare(params, tokens, loss)
+    data, centre = fitting.prepare(params, tokens, loss, 5)
     form = _form(fit)
     criterion = fitting.criterion_of(fit.objective, fit.sigma, fit.delta if np.isfinite(fit.delta) else None)
     cov = fit.covariance
