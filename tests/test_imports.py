@@ -35,7 +35,11 @@ WRITERS = {
     "bench/weights.py: save_file": "a child process converts into a temporary folder",
     "suites/reconstruction/recipes.py: save_pretrained": "export fills the empty folder of door.replace_folder",
     "suites/reconstruction/recipes.py: save_file": "as above",
+    "suites/generation/recipes.py: save_pretrained": "as above",
+    "suites/generation/recipes.py: write_text": "as above",
+    "suites/generation/tokenizer.py: write_text": "as above, or into a temporary folder",
     "suites/generation/recipes_judges.py: save_file": "as above",
+    "suites/generation/recipes_judges.py: save_pretrained": "as above",
 }
 BROAD = {
     "bench/checks/report.py": "a model under test may fail in any way, and that is a finding",
