@@ -65,7 +65,7 @@ def match(part: str, network: Any, tensors: Mapping[str, Tensor], source: str, w
     places = {_plain(name): name for name in own}
     found = {}
     renamed = {n: t for n, t in rename(part, tensors, network).items() if not n.endswith("position_ids")}  # 0, 1, ...
-    for name, tensor in renamed.items():
+    for name, tensor in sorted(renamed.items()):
         if name not in places:
             raise Error(
                 f"{part} {source}: {_share(sum(n in places for n in renamed), len(renamed))} of its tensors have a "
@@ -201,7 +201,7 @@ def merge_lora(networks: Mapping[str, Any], source: str, pickle: str = "refuse")
     pairs: dict[tuple[str, str], dict[str, Tensor]] = {}
     alphas: dict[tuple[str, str], float] = {}
     lost = []
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         place = _lora_place(name, flat)
         if place is None:
             lost.append(name)

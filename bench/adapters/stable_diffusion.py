@@ -270,16 +270,15 @@ class StableDiffusion:
 
     def _check_together(self, weights: str) -> None:
         """Do the parts fit each other?"""
-        unet, text, channels = self.unet.config, self.text_encoder.config, self.vae.config.latent_channels
+        unet, text = self.unet.config, self.text_encoder.config
+        latents, table = self.vae.config.latent_channels, len(self.tokenizer)
+        kind = unet.addition_embed_type or ("embedded guidance" if unet.time_cond_proj_dim else None)
         faults = {
-            f"the U-Net takes {unet.in_channels} channels and the VAE makes {channels}": unet.in_channels != channels,
+            f"the U-Net takes {unet.in_channels} channels and the VAE makes {latents}": unet.in_channels != latents,
             f"the U-Net attends to {unet.cross_attention_dim} numbers a token and the text encoder makes "
             f"{text.hidden_size}": unet.cross_attention_dim != text.hidden_size,
-            f"the tokenizer has {len(self.tokenizer)} tokens and the text encoder {text.vocab_size}": len(
-                self.tokenizer
-            )
-            > text.vocab_size,
-            f"the U-Net wants conditions of kind {unet.addition_embed_type}": unet.addition_embed_type is not None,
+            f"the tokenizer has {table} tokens and the text encoder {text.vocab_size}": table > text.vocab_size,
+            f"the U-Net wants conditions of kind {kind}": kind is not None,
             f"the prediction type {self.prediction_type!r} is not of SD 1.x or 2.x": self.prediction_type
             not in ("epsilon", "v_prediction"),
         }
