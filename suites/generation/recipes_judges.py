@@ -85,20 +85,27 @@ class MiniClassifier(Recipe):
 
 @dataclass(frozen=True)
 class MiniCLIP(Recipe):
-    """A dual encoder in CLIP's format: pictures and captions of the small world in one space."""
+    """A dual encoder in CLIP's format: pictures and captions of the small world in one space.
+
+    Beside the contrast, both towers learn to tell the attributes, and the vision tower the features of the embedded
+    classifier; it begins with large plain shapes.
+    """
 
     name: ClassVar[str] = "mini-clip"
     version: ClassVar[int] = 1
 
-    steps: int = 2000
+    steps: int = 1200
     batch: int = 64
-    pictures: int = 20000  # drawn once; captions are new at each step
-    lr: float = 2e-3
-    width: int = 96
-    layers: int = 4  # of the vision tower; the text tower has 2
+    pictures: int = 16000  # drawn once; captions are new at each step
+    lr: float = 1.5e-3
+    width: int = 128
+    layers: int = 3  # of the vision tower; the text tower has 2
+    easy: float = 0.25  # share of the steps with large plain shapes alone
 
     def __post_init__(self):
         _positive(self, "steps", "batch", "pictures", "lr", "width", "layers")
+        if self.width % 4:
+            raise UsageError(f"mini-clip: width must be a multiple of 4, not {self.width}")
 
     @property
     def total(self) -> int:
@@ -112,17 +119,21 @@ class MiniCLIP(Recipe):
         tokenizer = tokens.build(world.WORDS, TOKENS)
         model = initialise_clip(_clip(tokenizer, self.width, self.layers), ctx.generator(0, "weights")).to(ctx.device)
         sizes = [len(values) for values in world.ATTRIBUTES.values()]
-        heads = nn.ModuleList(nn.Linear(DIM, sum(sizes)) for _ in range(2))  # of pictures and of captions
+        outputs = (sum(sizes), sum(sizes), judges.FEATURES)  # of pictures, of captions; the classifier's
+        heads = nn.ModuleList(nn.Linear(DIM, size) for size in outputs)
         heads = initialise(heads, ctx.generator(0, "heads")).to(ctx.device)
         parameters = [*model.parameters(), *heads.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, betas=(0.9, 0.98), weight_decay=0.02)
         first = ctx.restore(model=model, heads=heads, optimizer=optimizer)
         pool = world.sample(self.pictures, ctx.seed(0, "pictures"), held_out="any")
         images = to_tensor(world.draw(pool))
+        features = _standard_features(images, ctx.device)
+        easy = torch.tensor([i for i, p in enumerate(pool) if (p.size, p.texture) == ("large", "plain")])
         model.train()
         for step in range(first, self.steps):
             generator = ctx.generator(step, "batch")
-            chosen = torch.randint(len(pool), (self.batch,), generator=generator).tolist()
+            chosen = torch.randint(len(pool), (self.batch,), generator=generator)
+            chosen = (easy[chosen % len(easy)] if step < self.easy * self.steps else chosen).tolist()
             texts = caption_pairs([pool[i] for i in chosen], ctx.seed(step, "captions"))
             truth = facts([pool[i].attributes() for i in chosen]).to(ctx.device)
             claims = facts([world.said(text) for text in texts]).to(ctx.device)
@@ -134,8 +145,9 @@ class MiniCLIP(Recipe):
                 "contrast": contrastive_loss(pictures, captions, model.logit_scale.exp(), truth, claims),
                 "pictures": _attribute_loss(heads[0](pictures), truth, sizes),
                 "captions": _attribute_loss(heads[1](captions), claims, sizes),
+                "features": (heads[2](pictures) - features[chosen]).square().mean(),
             }
-            loss = sum(losses.values())
+            loss = losses["contrast"] + losses["pictures"] + losses["captions"] + 5 * losses["features"]
             _update(optimizer, loss, self.lr * learning_rate(step, self.steps))
             with torch.no_grad():
                 model.logit_scale.clamp_(max=math.log(100))  # as CLIP does
@@ -236,6 +248,16 @@ class MiniVQA(Recipe):
             own = [r for r, k in zip(right, kinds, strict=True) if k == kind]
             yield f"{kind}_accuracy", sum(own) / len(own)
             yield f"{kind}_questions", len(own)
+
+
+def _standard_features(images: Any, device: Any, batch: int = 512) -> Any:
+    """float32 [N, 128] of the embedded classifier, of mean 0 and, unless they hardly vary, deviation 1."""
+    import torch
+
+    classifier = judges.load_classifier(device)
+    with torch.no_grad():
+        found = torch.cat([classifier.features(part.to(device)) for part in images.split(batch)])
+    return (found - found.mean(0)) / found.std(0).clamp_min(0.1)
 
 
 def _evidence(images: Any, device: Any, batch: int = 512) -> Any:
@@ -503,14 +525,15 @@ def _clip(tokenizer: Any, width: int, layers: int) -> Any:
         "intermediate_size": 2 * width,
         "num_hidden_layers": layers,
         "image_size": world.SIZE,
-        "patch_size": 4,
+        "patch_size": 8,
     }
     shared = {"num_attention_heads": 4, "projection_dim": DIM, "hidden_act": "relu"}
     return CLIPModel(CLIPConfig(text_config={**text, **shared}, vision_config={**vision, **shared}, projection_dim=DIM))
 
 
 def initialise_clip(model: Any, generator: Any) -> Any:
-    """The model with all weights drawn anew from the generator: normal, of deviation 1 / sqrt(fan in)."""
+    """The model with all weights drawn anew from the generator: normal, of deviation 1 / sqrt(fan in); the places of
+    patches begin as waves, so that neighbours are alike."""
     import torch
 
     with torch.no_grad():
@@ -526,7 +549,20 @@ def initialise_clip(model: Any, generator: Any) -> Any:
                 weight.normal_(0, 0.05, generator=generator)
             else:
                 weight.zero_()
+            if name.endswith("vision_model.embeddings.position_embedding.weight"):
+                weight[1:] = 0.3 * waves(round(math.sqrt(len(weight) - 1)), weight.shape[1])
     return model
+
+
+def waves(side: int, width: int):
+    """float32 [side * side, width]: sines and cosines of the row and of the column, slow to fast."""
+    import torch
+
+    places = torch.arange(side) / side
+    rows, columns = torch.meshgrid(places, places, indexing="ij")
+    frequencies = math.pi * side / 2 * torch.arange(1, width // 4 + 1) / (width // 4)
+    turns = [place.reshape(-1, 1) * frequencies for place in (rows, columns)]
+    return torch.cat([f(turn) for turn in turns for f in (torch.sin, torch.cos)], 1)
 
 
 def initialise(model: Any, generator: Any) -> Any:
