@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.metrics.extractors import Network, features, full_precision, manifests, opened
+from bench.metrics.extractors import Network, features, manifests, opened
 from bench.metrics.pixel import mean_of_rows
+from bench.metrics.precision import full_precision
 from bench.types import Error, UsageError
 
 PREFIX = "A photo depicts "  # Hessel et al., section 3

@@ -15,10 +15,9 @@ or that of a weights manifest with a table `[extractor]`:
 
 from __future__ import annotations
 
-import contextlib
 import json
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from bench.metrics.pixel import quantise
+from bench.metrics.precision import full_precision
 from bench.metrics.resizes import CROPS, RESIZES, resized
 from bench.types import Error, UsageError
 
@@ -155,24 +155,6 @@ class Output:
 
     def __call__(self, images: Any) -> np.ndarray:
         return self._network.outputs(images)[self._output]
-
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """float32 products are float32: TF32 and autocast off inside, as they were before afterwards."""
-    import torch
-
-    matmul = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with (
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
-            torch.autocast("cuda", enabled=False),
-            torch.autocast("cpu", enabled=False),
-        ):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = matmul
 
 
 # -- names

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from bench.metrics.extractors import full_precision, read_state
+from bench.metrics.extractors import read_state
 from bench.metrics.pixel import mean_of_rows, quantise, same_shape, withheld
+from bench.metrics.precision import full_precision
 from bench.types import Error, UsageError
 
 # After which layers of torchvision's `features` the five (seven) comparisons are made.
@@ -43,10 +44,7 @@ class Judge:
         except RuntimeError as e:
             raise Error(f"the backbone of LPIPS {net} does not fit: {str(e).splitlines()[-1].strip()}") from None
         self.net = net
-        self.layers = layers.requires_grad_(False).eval().to(device)
-        for layer in self.layers.modules():
-            if isinstance(layer, torch.nn.ReLU):
-                layer.inplace = False  # what was tapped must stay
+        self.layers = layers.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
         try:
             self.heads = [heads[f"lin{i}.model.1.weight"].float().to(device) for i in range(len(TAPS[net]))]
         except KeyError as e:
@@ -56,7 +54,9 @@ class Judge:
 
     def features(self, images: Any) -> list[Any]:
         """The tapped layers, each divided by its length over the channels; images float32 [B, 3, H, W] in [-1, 1]."""
-        x = (images - self.shift) / self.scale
+        import torch
+
+        x = ((images - self.shift) / self.scale).contiguous(memory_format=torch.channels_last)
         found = []
         for i, layer in enumerate(self.layers):
             x = layer(x)
@@ -68,19 +68,25 @@ class Judge:
 
 
 def lpips(judge: Judge, x: Any, y: Any) -> np.ndarray:
-    """LPIPS of each pair, float64 [B]; x, y float tensors [B, 3, H, W] in [-1, 1], sides of at least 32 px.
+    """LPIPS of each pair, float64 [B]; x, y float tensors [B, 3, H, W] in [-1, 1], sides of at least 32 px."""
+    return lpips_many(judge, x, [y])[0]
 
-    One picture at a time, so that the batch changes neither the memory nor the last digit.
+
+def lpips_many(judge: Judge, x: Any, ys: Sequence[Any]) -> np.ndarray:
+    """LPIPS between originals and several versions of each, float64 [len(ys), B]; x and every y as in `lpips`.
+
+    The features of an original are computed once and serve all its versions. One picture at a time, so that the batch
+    changes neither the memory nor the last digit.
     """
     import torch
 
-    distances = []
+    distances = np.empty((len(ys), len(x)))
     with torch.no_grad(), full_precision():
-        for layers in _differences(judge, x, y):
-            distances.append(sum(layer.mean(dtype=torch.float64) for layer in layers).item())
+        for i, layers in enumerate(_differences(judge, x, ys)):
+            distances[i % len(ys), i // len(ys)] = sum(layer.mean(dtype=torch.float64) for layer in layers).item()
     if not np.isfinite(distances).all():
         raise Error(f"LPIPS {judge.net} gave NaN or infinity", hint="are the pictures in [-1, 1]?")
-    return np.array(distances, dtype=np.float64)
+    return distances
 
 
 def lpips_map(judge: Judge, x: Any, y: Any) -> Any:
@@ -89,7 +95,7 @@ def lpips_map(judge: Judge, x: Any, y: Any) -> Any:
 
     maps = []
     with torch.no_grad(), full_precision():
-        for layers in _differences(judge, x, y):
+        for layers in _differences(judge, x, [y]):
             grown = [
                 torch.nn.functional.interpolate(layer, x.shape[-2:], mode="bilinear", align_corners=False)
                 for layer in layers
@@ -98,19 +104,23 @@ def lpips_map(judge: Judge, x: Any, y: Any) -> Any:
     return torch.stack(maps)
 
 
-def _differences(judge: Judge, x: Any, y: Any):
-    """For each pair the weighted squared differences [1, 1, h, w] of every tapped layer."""
+def _differences(judge: Judge, x: Any, ys: Sequence[Any]):
+    """For each original and each of its versions the weighted squared differences [1, 1, h, w] of the tapped layers."""
     import torch
 
-    same_shape(x, y)
+    for y in ys:
+        same_shape(x, y)
     if x.dim() != 4 or x.shape[1] != 3 or min(x.shape[-2:]) < SMALLEST:
         raise Error(f"LPIPS needs pictures [B, 3, H, W] of at least {SMALLEST} px, not {list(x.shape)}")
-    if not (x.is_floating_point() and y.is_floating_point()):
+    if not all(v.is_floating_point() for v in (x, *ys)):
         raise Error("LPIPS needs float pictures in [-1, 1]", hint="uint8 / 127.5 - 1")
     device = judge.shift.device
-    for a, b in zip(x.to(device).float().split(1), y.to(device).float().split(1), strict=True):
-        pairs = zip(judge.features(a), judge.features(b), judge.heads, strict=True)
-        yield [torch.nn.functional.conv2d((p - q).square(), head) for p, q, head in pairs]
+    for i in range(len(x)):
+        original, *versions = (v[i : i + 1].to(device).float() for v in (x, *ys))
+        reference = judge.features(original)
+        for version in versions:
+            pairs = zip(reference, judge.features(version), judge.heads, strict=True)
+            yield [torch.nn.functional.conv2d((p - q).square(), head) for p, q, head in pairs]
 
 
 @cache

@@ -5,7 +5,7 @@ Pictures are float32 [B, 3, H, W] in levels 0..255, and so is what comes back, o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -26,10 +26,13 @@ def resize_bicubic(images: Any, size: Size) -> Any:
     """Antialiased bicubic (a = -0.5) in float, overshoot kept: what jax.image.resize does, and so CMMD's authors."""
     import torch
 
-    height, width = images.shape[-2:]
-    across = torch.from_numpy(_bicubic(width, size[1])).to(images.device)
-    down = torch.from_numpy(_bicubic(height, size[0])).to(images.device)
-    return down @ (images @ across.T)
+    def bands(count: int, wanted: int) -> Iterator[tuple[slice, Any]]:
+        for columns, weights in _bands(count, wanted):
+            yield columns, torch.from_numpy(weights).to(images.device)
+
+    down = [weights @ images[..., rows, :] for rows, weights in bands(images.shape[-2], size[0])]
+    x = torch.cat(down, -2)
+    return torch.cat([x[..., columns] @ weights.T for columns, weights in bands(images.shape[-1], size[1])], -1)
 
 
 def resize_tf1(images: Any, size: Size) -> Any:
@@ -114,6 +117,18 @@ def resized(images: Any, how: str, size: int, crop: str = "none") -> Any:
 
 
 @cache
+def _bands(count: int, size: int) -> list[tuple[slice, np.ndarray]]:
+    """`_bicubic` in bands of 32 output samples: the input samples that a band takes of, and its weights of those."""
+    matrix = _bicubic(count, size)
+    found = []
+    for start in range(0, size, 32):
+        band = matrix[start : start + 32]
+        (taken,) = np.nonzero(band.any(0))
+        columns = slice(int(taken[0]), int(taken[-1]) + 1)
+        found.append((columns, np.ascontiguousarray(band[:, columns])))
+    return found
+
+
 def _bicubic(count: int, size: int) -> np.ndarray:
     """float32 [size, count]: what each output sample takes of each input sample (PIL's Resample.c; a = -0.5)."""
     scale = count / size

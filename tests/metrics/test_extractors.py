@@ -6,8 +6,9 @@ from safetensors.torch import save_file
 from bench.manifest import find, lock, weights_path
 from bench.manifest_format import read_weights
 from bench.metrics import extractors, networks
-from bench.metrics.extractors import full_precision, inception
+from bench.metrics.extractors import inception
 from bench.metrics.frechet import Frechet, PairwiseFeatureDistance, frechet_from_features
+from bench.metrics.precision import full_precision
 from bench.types import Error, Table, UsageError
 
 
@@ -155,12 +156,46 @@ def test_missing_and_foreign_weights_are_named(tmp_path):
     assert "embedded, inception-RESIZE" in caught.value.hint
 
 
-def test_precision_flags_are_put_back():
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    with torch.autocast("cpu", dtype=torch.bfloat16), full_precision():
-        assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
-    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
+def set_for_cuda():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+PRECISIONS = {
+    "highest": lambda: torch.set_float32_matmul_precision("highest"),
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "per backend": set_for_cuda,  # torch's newer way
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_precision_flags_are_put_back(precision):
+    def flags():
+        parts = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        return torch.backends.cudnn.allow_tf32, *(part.fp32_precision for part in parts)
+
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this torch has no precision per backend")
+    torch.set_float32_matmul_precision("highest")
+    PRECISIONS[precision]()
+    try:
+        outside = flags()
+        with torch.autocast("cpu", dtype=torch.bfloat16), full_precision():
+            assert flags() == (False, "ieee", "ieee")
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+        assert flags() == outside
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_a_models_own_precision_changes_no_feature(embedded):
+    x, before = pictures(64, 96, 4), torch.get_float32_matmul_precision()
+    expected = embedded(x)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert np.array_equal(embedded(x), expected)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class Context:

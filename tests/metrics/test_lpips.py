@@ -7,7 +7,7 @@ import torch
 from metric_pictures import DATA
 
 from bench.metrics.extractors import read_state
-from bench.metrics.lpips import LPIPS, Judge, lpips, lpips_map
+from bench.metrics.lpips import LPIPS, Judge, lpips, lpips_many, lpips_map
 from bench.types import Error, Table, UsageError
 
 
@@ -69,6 +69,19 @@ def test_same_picture_and_batch():
     x, y = pictures(batch=3)
     assert (lpips(judge, x, x) == 0).all()
     assert np.array_equal(lpips(judge, x, y)[1:2], lpips(judge, x[1:2], y[1:2]))
+
+
+@pytest.mark.parametrize("net", ["alex", "vgg", "squeeze"])
+def test_features_of_an_original_are_computed_once_for_all_its_versions(net, monkeypatch):
+    judge = Judge(net, peer_and_backbone(net)[1], heads(net))
+    x, y = pictures()
+    versions = [y, x, -y]
+    alone = np.stack([lpips(judge, x, v) for v in versions])
+    passes, features = [], judge.features
+    monkeypatch.setattr(judge, "features", lambda images: passes.append(len(images)) or features(images))
+    assert np.array_equal(lpips_many(judge, x, versions), alone)
+    assert passes == [1] * 8  # two originals, three versions of each
+    assert lpips_many(judge, x, []).shape == (0, 2)
 
 
 class Context:
