@@ -30,7 +30,7 @@ def tiles(found: Collection, runs: Sequence[str], items: int, kept: Mapping[str,
     shown = _various([r for r in runs if may_show(found.facts[r])], found.facts)
     if not shown or not items:
         return {}
-    media = {r: _media(found.runs[r].records()) if r in found.runs else None for r in shown}
+    media = {r: _with_output(_media(found.runs[r].records())) if r in found.runs else None for r in shown}
     available = {r: set(kept.get(r, {})) if m is None else set(m) for r, m in media.items()}
     shown = [r for r in shown if available[r]]
     everything = set().union(*(available[r] for r in shown)) if shown else set()
@@ -74,6 +74,11 @@ def _media(records: Mapping[str, Record]) -> dict[str, dict[str, str]]:
             if kind == "media" and item and address.endswith(".png"):
                 found.setdefault(item, {})[medium] = address
     return found
+
+
+def _with_output(media: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """Items that a model made something of, where there are such; else all."""
+    return {i: m for i, m in media.items() if not m.keys() <= set(ORIGINALS)} or media
 
 
 def _tile(store: Any, media: Mapping[str, str], sensitive: bool) -> dict[str, str]:

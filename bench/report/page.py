@@ -117,6 +117,8 @@ def draw(found: Collection) -> dict[str, bytes]:
     note = (
         f"{board.title}. 95 % intervals. Models share a rank where the paired interval of their difference covers zero."
     )
+    for text, labels in _said(found).items():
+        note += f" {', '.join(labels)}: {text}."
     marked = {(r, c + 2) for r, c in bold}
     files[f"tables/{board.name}.md"] = tables.markdown(head, body, marked, note).encode()
     files[f"tables/{board.name}.tex"] = tables.latex(head, body, marked, note).encode()
@@ -255,6 +257,7 @@ def _html(
         rows=_rows(found, places, bold),
         ranked=found.board.rank is not None,
         overall=_overall(found),
+        notes=[{"text": text, "labels": labels} for text, labels in _said(found).items()],
         drawings=[{"name": d.name, "title": d.title, "note": d.note, "csv": _data_url(d.csv)} for d in drawings],
         slices=_slices(found),
         apart=_apart(found),
@@ -312,6 +315,22 @@ def _chips(found: Collection) -> list[str]:
     return chips
 
 
+def _said(found: Collection) -> dict[str, list[str]]:
+    """What is said of values of the table, and of which models; in the order in which it first stands there."""
+    said: dict[str, list[str]] = {}
+    for row in found.rows:
+        for cell in row.cells:
+            for text in _remarks(cell):
+                if row.label not in said.setdefault(text, []):
+                    said[text].append(row.label)
+    return said
+
+
+def _remarks(cell: Cell | None) -> list[str]:
+    """The parts of the note of a value; that of a value withheld stands in its cell."""
+    return [t for t in cell.score.note.split("; ") if t] if cell and cell.score.value is not None else []
+
+
 def _columns(found: Collection) -> list[dict[str, Any]]:
     overall = _overall(found)
     columns = []
@@ -351,13 +370,14 @@ def _overall(found: Collection) -> dict[str, Any] | None:
         return None
     n = int(most_common(str(s.n) for s in scores))
     facts = [found.facts[s.run] for s in scores if s.n == n]
-    clusters = {_clusters(f) for f in facts}
+    clusters = {_clusters(f, n) for f in facts}
     return {"n": n, "clusters": clusters.pop() if len(clusters) == 1 else None}
 
 
-def _clusters(facts: Facts) -> int | None:
-    counts = [m.get("clusters") for m in facts.manifests]
-    return counts[0] if len(counts) == 1 and isinstance(counts[0], int) else None
+def _clusters(facts: Facts, n: int) -> int | None:
+    """Those of the one manifest whose items the scores are of."""
+    counts = [m.get("clusters") for m in facts.manifests if m.get("items", n) == n]
+    return counts[0] if len(counts) == len(facts.manifests) == 1 and isinstance(counts[0], int) else None
 
 
 def _rows(
@@ -369,6 +389,7 @@ def _rows(
         digits.append(digits_for(column, cells))
         spans.append(_extent(cells) if len(found.rows) <= STRIPS else None)
     palette = figures.palette([r.label for r in found.rows])
+    numbers = {text: i for i, text in enumerate(_said(found), 1)}
     return [
         {
             "label": row.label,
@@ -376,7 +397,8 @@ def _rows(
             "order": place[0] + place[1] / 1e6 if place else "",
             "colour": figures.ROLES[palette[figures.family(row.label)][0]],
             "cells": [
-                _view(cell, digits[i], (r, i) in bold, spans[i]) if cell else None for i, cell in enumerate(row.cells)
+                _view(cell, digits[i], (r, i) in bold, spans[i], [numbers[t] for t in _remarks(cell)]) if cell else None
+                for i, cell in enumerate(row.cells)
             ],
         }
         for r, (row, place) in enumerate(zip(found.rows, places, strict=True))
@@ -388,7 +410,13 @@ def _extent(cells: Sequence[Cell | None]) -> tuple[float, float] | None:
     return (min(values), max(values)) if values and min(values) < max(values) else None
 
 
-def _view(cell: Cell, digits: int, bold: bool = False, extent: tuple[float, float] | None = None) -> dict[str, Any]:
+def _view(
+    cell: Cell,
+    digits: int,
+    bold: bool = False,
+    extent: tuple[float, float] | None = None,
+    marks: Sequence[int] = (),
+) -> dict[str, Any]:
     s = cell.score
     view = {
         "value": None if s.value is None else number(s.value, digits),
@@ -396,6 +424,7 @@ def _view(cell: Cell, digits: int, bold: bool = False, extent: tuple[float, floa
         "interval": interval(s, digits),
         "bold": bold,
         "note": s.note,
+        "marks": ", ".join(map(str, marks)),
         "partial": "" if s.complete else f"{s.n:,} of {s.expected:,}",
         "strip": None,
     }

@@ -59,12 +59,16 @@ class Images(Suite):
         from bench import metrics
 
         p = protocols.get(self.protocol)
-        sides = {"fake": "image", "real": "reference"}  # a batch holds one of them
+        sides = {"fake": "output", "real": "reference"}  # a batch holds one of them
         found: list[Metric] = []
         if p.frechet:
             found.append(metrics.Frechet(extractor=p.frechet, **sides))
         if p.kid:
             found.append(metrics.KID(extractor=p.kid, protocol=p.kid_protocol, **sides))
+        if p.cmmd:
+            found.append(metrics.CMMD(extractor=p.cmmd, **sides))
+        if p.prdc:
+            found.append(metrics.PRDC(extractor=p.prdc, k=p.k, radius=p.radius, **sides))
         return (*found, Overlap())
 
     def units(self, reference: Any, names: Sequence[str]) -> Iterator[Unit]:
@@ -89,7 +93,7 @@ class Images(Suite):
                 part = list(group)
                 pixels = torch.from_numpy(np.stack([one.pop("pixels") for one in part])).permute(0, 3, 1, 2)
                 media = {name: [one[name] for one in part] for name in part[0]}
-                key = "image" if side == flags.GENERATED else "reference"
+                key = "output" if side == flags.GENERATED else "reference"
                 yield media.pop("item"), {**media, key: pixels.contiguous().to(ctx.device)}
 
     def score(self, table: Table) -> list[Score]:

@@ -52,10 +52,12 @@ class Protocol:
     frechet_resize: str = "tf1"  # to 299 px; "tf1", "pytorch" or "clean". The embedded network takes any size
     frechet_reference: str = "self"  # the originals of the same run
     frechet_dtype: str = "float64"  # of means and covariances
+    on_features: tuple[Literal["kid", "cmmd", "prdc"], ...] = ()  # what else is reported on the same features
 
     def definition(self) -> dict:
-        """The fields that decide values."""
-        return {k: v for k, v in asdict(self).items() if k not in ("name", "source", "departs")}
+        """The fields that decide values; without `on_features` those that there were before that field."""
+        left_out = {"name", "source", "departs", *(() if self.on_features else ("on_features",))}
+        return {k: v for k, v in asdict(self).items() if k not in left_out}
 
     def hash(self) -> str:
         """12 hex digits of SHA-256 over the canonical JSON of the definition: equal hashes, comparable values."""
@@ -82,6 +84,7 @@ PRESETS: dict[str, Protocol] = {
             resize="none",
             frechet="embedded",
             frechet_resize="none",
+            on_features=("kid", "cmmd", "prdc"),
         ),
         Protocol(
             name="canonical",

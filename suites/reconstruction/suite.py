@@ -74,7 +74,9 @@ class Reconstruction(Suite):
         if p.frechet:
             extractor = p.frechet if p.frechet == "embedded" else f"{p.frechet}-{p.frechet_resize}"
             pair = self._media(p.frechet_pixels)
-            found += [kind(extractor=extractor, **pair) for kind in (metrics.Frechet, metrics.PairwiseFeatureDistance)]
+            kinds = {"kid": metrics.KID, "cmmd": metrics.CMMD, "prdc": metrics.PRDC} if p.on_features else {}
+            compared = [metrics.Frechet, metrics.PairwiseFeatureDistance, *(kinds[name] for name in p.on_features)]
+            found += [kind(extractor=extractor, **pair) for kind in compared]
         if p.psnr and p.psnr_pixels == protocols.SAME:
             found += [Bands(), Sharpness(), RegionPSNR()]
         return tuple(found)

@@ -63,14 +63,17 @@ def measure(suite, model, data, batch=3, metrics=None):
             pictures = {name: m for name, m in media.items() if hasattr(m, "shape")}
             measured = [{k: v for k, v in media.items() if k not in pictures}]
             measured += [metric.measure(media, context) for metric in metrics]
+            own = {}  # of this batch: metrics of one network return the same features
             for columns in measured:
                 for name, values in columns.items():
                     assert len(values) == len(ids)
                     if getattr(values, "ndim", 1) > 1:
-                        features.setdefault(name, []).append(np.asarray(values, np.float32))
+                        own[name] = np.asarray(values, np.float32)
                     else:
                         for row, value in zip(new, values, strict=True):
                             row[name] = value
+            for name, values in own.items():
+                features.setdefault(name, []).append(values)
             rows += new
             for i, id in enumerate(ids):
                 kept[id] = {name: m[i] for name, m in pictures.items()}

@@ -311,7 +311,9 @@ def test_every_score_of_the_default_protocol_is_there_and_complete(untrained_net
     assert {slice for _, slice in scores} == {"all", "kind=scene", "kind=texture"}
     assert {metric for metric, _ in scores} == {
         *("bits-per-pixel", "bits-per-pixel.side", "psnr", "pairwise-embedded"),
-        *("frechet-embedded", "frechet-embedded.corrected"),
+        *("frechet-embedded", "frechet-embedded.corrected", "kid-embedded"),
+        *("cmmd-embedded", "cmmd-embedded.unbiased"),
+        *(f"prdc-embedded.{part}" for part in ("precision", "recall", "density", "coverage")),
         *(f"ssim{region}" for region in ("", ".edge", ".flat", ".dark", ".bright")),
         *(f"region-psnr.{region}" for region in ("edge", "flat", "dark", "bright")),
         *(f"{name}.{scale}" for name in ("bands", "sharpness") for scale in ("1", "2", "3", "4", "ll")),
