@@ -12,6 +12,8 @@ _HOME = {
     "BitsPerPixel": "rate",
     "KID": "kid",
     "PRDC": "prdc",
+    "InceptionScore": "inception_score",
+    "CMMD": "cmmd",
 }
 
 __all__ = list(_HOME)

@@ -46,7 +46,11 @@ def kid(
     The arithmetic has the precision of the features, the sums are float64; no n x n matrix is held. `paired`: row i of
     x and of y belong together, `clusters_x` are those of pairs. See `mmd` for what clusters do, and for errors.
     """
-    return mmd(_cubic, as_sets(x, y, clusters_x, clusters_y, paired))
+    return _kid(as_sets(x, y, clusters_x, clusters_y, paired))
+
+
+def _kid(sets: Sets) -> Discrepancy:
+    return mmd(_cubic, sets)
 
 
 def _cubic(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -152,18 +156,18 @@ def kid_difference(
 
     `paired`: y_i is the original of a_i and of b_i. See `mmd_difference`.
     """
-    return mmd_difference(_cubic, *(as_sets(rows, y, clusters, clusters_y, paired) for rows in (a, b)))
+    return mmd_difference(_kid, *(as_sets(rows, y, clusters, clusters_y, paired) for rows in (a, b)))
 
 
-def mmd_difference(kernel: Callable[[np.ndarray, np.ndarray], np.ndarray], a: Sets, b: Sets) -> Discrepancy:
-    """The MMD^2 of b less that of a, to the same reference: what corresponding rows share cancels in the error.
+def mmd_difference(distance: Callable[[Sets], Discrepancy], a: Sets, b: Sets) -> Discrepancy:
+    """The distance of b less that of a, to the same reference: what corresponding rows share cancels in the error.
 
     The second-order term stays in the error, which between equal models is up to sqrt 2 too large. Raises Error where
     the rows do not correspond.
     """
     if a.generated.shape != b.generated.shape or not np.array_equal(a.reference, b.reference):
         raise Error("the sets do not correspond row by row", hint="compare checkpoints on the items they share")
-    of_a, of_b = mmd(kernel, a), mmd(kernel, b)
+    of_a, of_b = distance(a), distance(b)
     influences = [own - other for own, other in zip(of_b.influences, of_a.influences, strict=True)]
     return finish(of_b.value - of_a.value, *influences, b, 0.0)
 
@@ -199,18 +203,16 @@ def kid_subsets(x: np.ndarray, y: np.ndarray, subsets: int = 100, size: int = 10
     return Subsets(float(found.mean()), float(found.std()))
 
 
-def estimate(found: Discrepancy, scale: float = 1.0) -> Estimate:
-    """The value with its t interval, times `scale`; a note says where there is none."""
+def estimate(found: Discrepancy) -> Estimate:
+    """The value with its t interval; a note says where there is none."""
     n = sum(map(len, found.influences))
     if found.se is None:
         note = f"no interval: fewer than {FEWEST} independent rows in a set"
-        return Estimate(scale * found.value, n=n, note=note)
+        return Estimate(found.value, n=n, note=note)
     from scipy.special import stdtrit
 
     half = float(stdtrit(found.freedom, 0.975)) * found.se
-    return Estimate(
-        scale * found.value, scale * (found.value - half), scale * (found.value + half), "u-statistic, influence-t", n
-    )
+    return Estimate(found.value, found.value - half, found.value + half, "u-statistic, influence-t", n)
 
 
 def as_sets(
@@ -268,10 +270,10 @@ class KID(SetMetric):
             found = kid_subsets(sets.generated, sets.reference)
             note = f"spread over 100 subsets of 1,000: {found.spread:.3g}, not an error of the value"
             return {"": Estimate(found.mean, note=note)}
-        return {"": estimate(mmd(_cubic, sets))}
+        return {"": estimate(_kid(sets))}
 
     def difference(self, a, b):
-        return {} if self.protocol == "subsets" else {"": estimate(mmd_difference(_cubic, a, b))}
+        return {} if self.protocol == "subsets" else {"": estimate(mmd_difference(_kid, a, b))}
 
     def settings(self):
         return f"{self.protocol}|degree:3|gamma:1/d|coef0:1|scale:1|"
