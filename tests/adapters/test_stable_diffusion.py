@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 import tiny_pipelines
 import torch
+import toys
 from safetensors.torch import load_file, save_file
 
+from bench import registry
 from bench.adapters import edits
 from bench.adapters.mini_sd import MiniSD
 from bench.adapters.stable_diffusion import SCHEDULERS, StableDiffusion
 from bench.capabilities import held
 from bench.check import check
+from bench.config import How, bind
+from bench.execution import execute
 from bench.types import Error, UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers and NumPy 2
@@ -144,6 +148,38 @@ def test_conformance(folder):
         names = {f.name for f in findings}
         assert "TextToImage: prompts matter" in names and "DenoiserAccess: clone predicts" in names
     assert held(StableDiffusion) == held(MiniSD) == ("TextToImage", "DenoiserAccess")
+
+
+# --- a suite on it
+
+
+def run(folder, store, batch):
+    adapter = registry.find("adapters", "stable-diffusion")
+    arguments = bind(adapter, "stable-diffusion", {"weights": str(folder), "steps": 2, "guidance": 2.0}, {})
+    how = How(store=str(store), devices="cpu", batch=batch, keep="none")
+    return execute(toys.Drawing(num=2), "stable-diffusion", arguments=arguments, how=how)
+
+
+def test_a_suite_scores_it_and_the_batch_changes_nothing(folder, tmp_path):
+    means = []
+    for batch in (1, 2):
+        done = run(folder(), tmp_path / str(batch), batch)
+        assert done.complete(), done.failures()
+        assert done.spec["adapter_args"]["weights"].startswith("sha256:")
+        means.append(next(score.value for score in done.scores() if score.slice == "all"))
+    # the mean of 2 x 3,072 rounded pixels: a difference of 1e-5 moves few of them over the edge of a level
+    assert means[0] == pytest.approx(means[1], abs=1e-4) and 0 < means[0] < 1
+
+
+def test_pictures_that_overflow_fail_their_unit(own, tmp_path):
+    file = own / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["decoder.conv_out.bias"][1] = float("nan")
+    save_file(tensors, file)
+    done = run(own, tmp_path, 2)
+    assert not done.complete() and not len(done.table())
+    [record] = done.failures()
+    assert "NaN or infinity in 2 of 2 pictures of the VAE" in record.error["message"]
 
 
 # --- prompts
