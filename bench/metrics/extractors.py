@@ -82,6 +82,7 @@ class Network:
         self.preparation = preparation
         self.clip = clip  # the whole model, where it has a text tower, too
         self._forward, self._device, self._axes = forward, device, axes
+        self._batch = BATCH["cpu" if device == "cpu" else "cuda"]
 
     def __call__(self, images: Any) -> np.ndarray:
         return self.outputs(images)[""]
@@ -92,10 +93,9 @@ class Network:
 
         self._check(images)
         found = {name: [np.empty((0, dim), dtype=np.float32)] for name, dim in self.dims.items()}
-        batch = BATCH[torch.device(self._device).type]
         with torch.no_grad(), full_precision():
-            for start in range(0, len(images), batch):
-                part = images[start : start + batch]
+            for start in range(0, len(images), self._batch):
+                part = images[start : start + self._batch]
                 rows = self._forward(self._prepared(part, start, {} if prepared is None else prepared))
                 for name, dim in self.dims.items():
                     if name not in rows:
@@ -114,13 +114,15 @@ class Network:
         import torch
 
         key = (self.preparation, self._device, start)
-        if key not in prepared:
-            levels = part.to(self._device)
-            levels = levels.float() if levels.dtype == torch.uint8 else (levels.float() + 1) * 127.5
-            levels = self.preparation(levels)
-            missing = BATCH[torch.device(self._device).type] - len(levels)
-            prepared[key] = torch.cat([levels, levels[-1:].expand(missing, *levels.shape[1:])]) if missing else levels
-        return prepared[key]
+        if key in prepared:
+            return prepared[key]
+        levels = part.to(self._device)
+        levels = self.preparation(levels.float() if levels.dtype == torch.uint8 else (levels.float() + 1) * 127.5)
+        if missing := self._batch - len(levels):
+            levels = torch.cat([levels, levels[-1:].expand(missing, *levels.shape[1:])])
+        if self.preparation is not UNCHANGED:  # what was not resized is quickly made again
+            prepared[key] = levels
+        return levels
 
     def _check(self, images: Any) -> None:
         import torch
