@@ -79,8 +79,8 @@ class Parser(argparse.ArgumentParser):
         return found
 
 
-def parser() -> Parser:
-    """The whole command line."""
+def parser(argv: Sequence[str] = ()) -> Parser:
+    """The whole command line; of `fit` with the options of the law that `argv` names."""
     top = Parser(
         prog="bench",
         description="Scores generative models the way the papers do, and says how sure it is.",
@@ -100,6 +100,8 @@ def parser() -> Parser:
             allow_abbrev=False,
         )
         _OPTIONS[name](verb)
+        if name == "fit" == next((word for word in argv if not word.startswith("-")), None):
+            _law(verb, argv)
     return top
 
 
@@ -157,9 +159,26 @@ def _leaderboard(verb: Parser) -> None:
 
 
 def _fit(verb: Parser) -> None:
-    verb.add_argument("source", metavar="FILE | RUN", help="a CSV, JSONL or JSON of runs, or a run of the store")
+    verb.add_argument("source", metavar="FILE | RUN", help="a CSV, JSONL or JSON of trainings, or a run of the store")
+    verb.add_argument("--out", metavar="FOLDER", help="where the page goes (default reports/fits/NAME)")
     verb.add_argument("--law", metavar="NAME", help="which of the installed laws")
-    verb.add_argument("options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    _store(verb)
+    _json(verb)
+
+
+def _law(verb: Parser, argv: Sequence[str]) -> None:
+    """Adds the options of the law that a command names, or of the only one installed."""
+    from bench import registry
+
+    names = sorted({e.name for e in registry.entries("fits")})
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--law")
+    name = first.parse_known_args(argv)[0].law or ("scaling" if "scaling" in names else names[0] if names else None)
+    if name is None:
+        raise Error("no law is installed", hint="a package offers one through the entry point group bench.fits")
+    law = registry.find("fits", name)()
+    law.options(verb)
+    verb.set_defaults(fits=law)
 
 
 def _train(verb: Parser) -> None:
@@ -270,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    top = parser()
+    top = parser(sys.argv[1:] if argv is None else argv)
     args = top.parse_args(argv)
     args.typed = list(sys.argv[1:] if argv is None else argv)
     if args.version:

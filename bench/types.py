@@ -132,6 +132,22 @@ class Figure:
     title: str
     rows: Sequence[Mapping[str, Json]]
     draw: Callable[[Any], None]
+    note: str = ""  # how to read it
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a law of `bench fit` found: for the terminal, one page, and files."""
+
+    title: str
+    about: str  # one sentence: from what, and how
+    estimates: Sequence[Mapping[str, Json]]  # rows of quantity, value, low, high
+    warnings: Sequence[str] = ()  # stand before every number
+    notes: Sequence[str] = ()  # what was read, left out and assumed
+    figures: Sequence[Figure] = ()
+    table: Sequence[Mapping[str, Json]] = ()  # rows that were asked for besides, such as a grid to train next
+    record: Mapping[str, Json] = field(default_factory=dict)  # everything, for --json and fit.json
+    files: Mapping[str, bytes] = field(default_factory=dict)  # kept beside the page
 
 
 class Table:

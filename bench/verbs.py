@@ -11,6 +11,7 @@ from typing import Any
 
 from bench import config, registry
 from bench.config import How, Value
+from bench.identity import slug
 from bench.steps import Step, flag_steps, list_fields, plan_steps, prepare_step, product, refuse_code, run_steps
 from bench.store import Store
 from bench.text import say, secrets
@@ -130,13 +131,29 @@ def demo(args: Namespace) -> int:
 
 
 def fit(args: Namespace) -> int:
-    laws = registry.entries("fits")
-    if not laws:
-        raise Error("no law is installed yet", hint="a package offers one through the entry point group bench.fits")
-    names = sorted({e.name for e in laws})
-    if args.law is None and len(names) > 1:
-        raise UsageError("which law?", hint="--law " + " or --law ".join(names))
-    return registry.find("fits", args.law or names[0])(args.source, args.options)
+    """Fits a law to a table or a run, prints the estimates and writes a page, figures and files."""
+    from bench.report.fitted import print_finding, write_finding
+
+    rows, name = _table(args.source, args.store)
+    finding = args.fits(rows, name, args)
+    out = Path(args.out) if args.out else Path("reports") / "fits" / slug(Path(name).stem)
+    page = write_finding(finding, out)
+    if args.json:
+        emit("fit", [{**finding.record, "title": finding.title, "page": str(page)}])
+    else:
+        print_finding(finding)
+        say(str(page))
+    return 0
+
+
+def _table(source: str, store: str | None) -> tuple[Path | list[Mapping[str, Any]], str]:
+    """A file, or the rows of a run of the store; and what to call it."""
+    path = Path(source)
+    if path.is_file() or path.suffix.lower() in (".csv", ".tsv", ".json", ".jsonl"):
+        return path, path.name
+    how, _ = config.resolve_how({}, {"store": store}, "")
+    run = Store(how.store).run(source)
+    return list(run.table().rows), run.id
 
 
 # -- train

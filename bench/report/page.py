@@ -235,22 +235,17 @@ def _html(
     tiles: Mapping[str, Any],
     scores_csv: bytes,
 ) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    from bench.text import mask, plain
+    from bench.text import mask
 
     here = Path(__file__).parent
     style, script = ((here / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    environment = Environment(
-        loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        finalize=_finalize(plain),
-    )  # fmt: skip
     # All that reaches the page unescaped: our own style and script, and drawings whose text was escaped on writing.
     trusted = {"style": Markup(style), "script": Markup(script), "svg": {d.name: Markup(d.inline) for d in drawings}}
-    return environment.get_template("page.html.jinja").render(
+    return environment().get_template("page.html.jinja").render(
         **trusted,
-        policy=_policy(style, script),
+        policy=policy(style, script),
         board=found.board,
         chips=_chips(found),
         columns=_columns(found),
@@ -258,16 +253,32 @@ def _html(
         ranked=found.board.rank is not None,
         overall=_overall(found),
         notes=[{"text": text, "labels": labels} for text, labels in _said(found).items()],
-        drawings=[{"name": d.name, "title": d.title, "note": d.note, "csv": _data_url(d.csv)} for d in drawings],
+        drawings=[{"name": d.name, "title": d.title, "note": d.note, "csv": data_url(d.csv)} for d in drawings],
         slices=_slices(found),
         apart=_apart(found),
         published=_published(found.cited),
         gallery=_gallery(found, tiles),
         failures=[(f, entry) for f in _all_facts(found) for entry in f.failures],
         protocol=_protocol(found),
-        scores_url=_data_url(scores_csv),
+        scores_url=data_url(scores_csv),
         lines=lambda text: mask(str(text)[:MOST_TRACE]).splitlines(),
         gain=gallery.GAIN,
+    )
+
+
+def environment() -> Any:
+    """The templates beside this file; whatever they print is escaped, unknown names are errors."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    from bench.text import plain
+
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalize(plain),
     )
 
 
@@ -283,8 +294,8 @@ def _finalize(plain: Any) -> Any:
     return show
 
 
-def _policy(style: str, script: str) -> str:
-    """The content security policy: nothing from anywhere but this file."""
+def policy(style: str, script: str) -> str:
+    """The content security policy: nothing from anywhere but this file; an empty script allows none."""
     hashes = [base64.b64encode(hashlib.sha256(t.encode()).digest()).decode() for t in (style, script)]
     return (
         f"default-src 'none'; img-src data:; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "
@@ -292,7 +303,7 @@ def _policy(style: str, script: str) -> str:
     )
 
 
-def _data_url(data: bytes) -> str:
+def data_url(data: bytes) -> str:
     return "data:text/csv;base64," + base64.b64encode(data).decode() if len(data) <= INLINE_CSV else ""
 
 

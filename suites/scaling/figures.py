@@ -1,0 +1,248 @@
+"""Figures of an analysis as data: (name, title, note, rows, draw), where draw(axes) paints with matplotlib."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from suites.scaling.analysis import Analysis
+from suites.scaling.published import LAWS
+
+COLOURS = ("#2f6db5", "#cf5c36", "#2c8c69", "#9a4f96", "#b5851d", "#5b7386", "#bd3f54", "#6a62b7")
+INK, MUTED, LINE = "#1b1f24", "#667080", "#d5dae1"
+CURVE = 60  # points of a drawn curve
+REACH = 1e4  # a cited law is drawn where it lies within this factor of what was measured
+
+
+class Drawn(NamedTuple):
+    name: str
+    title: str
+    note: str
+    rows: Sequence[Mapping[str, Any]]
+    draw: Callable[[Any], None]
+
+
+def figures(found: Analysis) -> list[Drawn]:
+    """Those that have something to show."""
+    made = [isoflop(found)]
+    made += [along_compute(found, quantity) for quantity in ("params", "tokens", "loss")]
+    made += [residuals(found), floor_profile(found), tested(found), exponents(found)]
+    return [one for one in made if one is not None and one.rows]
+
+
+def isoflop(found: Analysis) -> Drawn:
+    """Each budget's runs, the fitted surface along it, and the vertex of its parabola with its interval."""
+    parts = found.runs.budgets()
+    rows: list[dict[str, Any]] = []
+    for (budget, part), vertex in zip(parts, found.profiles.vertices, strict=True):
+        rows += [
+            {"budget": budget, "params": n, "loss": y, "what": "run"}
+            for n, y in zip(part.params.tolist(), part.loss.tolist(), strict=True)
+        ]
+        if not vertex.problem:
+            rows.append(
+                {
+                    "budget": budget,
+                    "params": vertex.params,
+                    "loss": vertex.loss,
+                    "what": "vertex",
+                    "low": vertex.low,
+                    "high": vertex.high if math.isfinite(vertex.high) else None,
+                }
+            )
+
+    def draw(axes: Any) -> None:
+        for i, ((budget, part), vertex) in enumerate(zip(parts, found.profiles.vertices, strict=True)):
+            colour = COLOURS[i % len(COLOURS)]
+            axes.plot(part.params, part.loss, "o", color=colour, markersize=3.2, alpha=0.75, label=f"{budget:.2g}")
+            if found.fit is not None and len(part) > 1:
+                n = np.geomspace(part.params.min(), part.params.max(), CURVE)
+                ratio = np.median(part.flops / (part.params * part.tokens))
+                curve = found.fit.surface.loss(n, budget / (ratio * n))
+                axes.plot(n, curve, color=colour, linewidth=1.0, alpha=0.9)
+            if not vertex.problem:
+                if math.isfinite(vertex.high) and vertex.low > 0:
+                    axes.plot([vertex.low, vertex.high], [vertex.loss] * 2, color=INK, linewidth=0.9)
+                axes.plot([vertex.params], [vertex.loss], "D", color=INK, markersize=4, fillstyle="none")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        _plain_ticks(axes.yaxis)
+        axes.set_xlabel("parameters N")
+        axes.set_ylabel("loss")
+        axes.grid(True)
+        if len(parts) <= 12:
+            axes.legend(title="budget (FLOPs)", frameon=False, fontsize=7, title_fontsize=7, ncols=2)
+
+    note = "Points: runs. Lines: the surface along each budget. Diamonds: vertices of parabolas with 95 % intervals."
+    return Drawn("isoflop", "Loss against size for each budget", note, rows, draw)
+
+
+def along_compute(found: Analysis, quantity: str) -> Drawn | None:
+    """N*, D* or L* against compute with its band, the vertices, and published lines of the same quantity."""
+    band = found.bands.get(quantity)
+    used = [v for v in found.profiles.vertices if not v.problem]
+    if band is None and not used:
+        return None
+    symbol = {"params": "N*", "tokens": "D*", "loss": "L*"}[quantity]
+    name = {"params": "Optimal size", "tokens": "Optimal tokens", "loss": "Least loss"}[quantity]
+    of_vertex = {"params": lambda v: v.params, "tokens": lambda v: v.tokens, "loss": lambda v: v.loss}[quantity]
+    rows: list[dict[str, Any]] = [
+        {"flops": v.budget, "value": of_vertex(v), "what": "vertex of a parabola"} for v in used
+    ]
+    if band is not None:
+        for k, c in enumerate(band.flops.tolist()):
+            row = {"flops": c, "value": band.value[k], "low": band.low[k], "high": band.high[k], "what": "surface"}
+            if band.prediction_low is not None:
+                row |= {"prediction_low": band.prediction_low[k], "prediction_high": band.prediction_high[k]}
+            rows.append({key: float(v) if isinstance(v, np.floating) else v for key, v in row.items()})
+    largest = float(found.runs.flops.max())
+
+    def draw(axes: Any) -> None:
+        if band is not None:
+            if band.prediction_low is not None:
+                axes.fill_between(band.flops, band.prediction_low, band.prediction_high, color=COLOURS[0], alpha=0.10)
+            axes.fill_between(band.flops, band.low, band.high, color=COLOURS[0], alpha=0.22, linewidth=0)
+            axes.plot(band.flops, band.value, color=COLOURS[0], label="surface, 95 % band")
+        if used:
+            c, y = [v.budget for v in used], [of_vertex(v) for v in used]
+            axes.plot(c, y, "D", color=INK, fillstyle="none", markersize=4, label="vertices")
+        c = np.geomspace(*axes.get_xlim(), 50) if axes.get_xlim()[0] > 0 else found.runs.flops
+        if band is not None:
+            c = band.flops
+        levels = band.value if band is not None else np.array([of_vertex(v) for v in used])
+        shown = 0
+        for law in LAWS:
+            if law.quantity != quantity:
+                continue
+            y = law.coefficient * c**law.exponent
+            if y.min() > levels.max() * REACH or y.max() < levels.min() / REACH:
+                continue
+            shown += 1
+            axes.plot(c, y, "--", color=COLOURS[shown], linewidth=0.9, label=f"{law.name} (cited)")
+        if c[-1] > largest * 1.05:
+            axes.axvline(largest, color=MUTED, linewidth=0.7, linestyle=":")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        if quantity == "loss":
+            _plain_ticks(axes.yaxis)
+        axes.set_xlabel("compute C (FLOPs)")
+        axes.set_ylabel(symbol)
+        axes.grid(True)
+        axes.legend(frameon=False, fontsize=7)
+
+    note = "Right of the dotted line nothing was measured."
+    if quantity == "loss":
+        note += " The paler band is for a new run."
+    if any(law.quantity == quantity for law in LAWS):
+        note += " Dashed: printed elsewhere, for other data and losses; not measured here."
+    return Drawn(quantity, f"{name} {symbol} against compute", note, rows, draw)
+
+
+def residuals(found: Analysis) -> Drawn | None:
+    if found.fit is None:
+        return None
+    r = found.fit.residuals
+    rows = [
+        {"row": int(row), "flops": float(c), "params": float(n), "tokens": float(d), "residual": float(e)}
+        for row, c, n, d, e in zip(
+            found.runs.row, found.runs.flops, found.runs.params, found.runs.tokens, r, strict=True
+        )
+    ]
+
+    def draw(axes: Any) -> None:
+        size = np.log(found.runs.params)
+        shade = axes.scatter(found.runs.flops, r, c=size, cmap="viridis", s=12, linewidths=0)
+        axes.axhline(0.0, color=INK, linewidth=0.8)
+        for k in (-1, 1):
+            axes.axhline(k * 1.96 * found.fit.sigma, color=MUTED, linewidth=0.7, linestyle=":")
+        axes.set_xscale("log")
+        axes.set_xlabel("compute C (FLOPs)")
+        axes.set_ylabel("ln model - ln loss" if found.fit.objective != "ls_raw" else "model - loss")
+        bar = axes.figure.colorbar(shade, ax=axes, label="ln N", pad=0.01)
+        bar.outline.set_visible(False)
+
+    return Drawn("residuals", "Residuals of the surface", "Dotted: 1.96 sigma.", rows, draw)
+
+
+def floor_profile(found: Analysis) -> Drawn | None:
+    if found.fit is None or not len(found.fit.profile[0]):
+        return None
+    floors, values = found.fit.profile
+    rows = [{"E": float(e), "objective": float(v)} for e, v in zip(floors, values, strict=True)]
+
+    def draw(axes: Any) -> None:
+        axes.plot(floors, values, color=COLOURS[0], marker="o", markersize=2)
+        axes.axvline(found.fit.surface.E, color=INK, linewidth=0.8)
+        if found.fit.floor_interval:
+            axes.axvspan(*found.fit.floor_interval, color=COLOURS[0], alpha=0.15, linewidth=0)
+        axes.set_yscale("log")
+        axes.set_xlabel("E")
+        axes.set_ylabel("least objective with E held")
+
+    note = "How well the rows tell the floor: the line is the fit, the band its 95 % profile interval."
+    return Drawn("floor", "Profile of the irreducible loss E", note, rows, draw)
+
+
+def tested(found: Analysis) -> Drawn | None:
+    test = found.back_test
+    if test is None:
+        return None
+    rows = [
+        {"largest_fitted": float(a), "predicted": float(b), "log_error": float(e), "covered": float(c)}
+        for a, b, e, c in zip(test.largest, test.budget, test.error, test.covered, strict=True)
+    ]
+
+    def draw(axes: Any) -> None:
+        ratio = test.budget / test.largest
+        shade = axes.scatter(ratio, 100 * np.expm1(test.error), c=test.covered, cmap="viridis", vmin=0, vmax=1, s=22)
+        axes.axhline(0.0, color=INK, linewidth=0.8)
+        axes.set_xscale("log")
+        axes.set_xlabel("predicted budget over the largest fitted")
+        axes.set_ylabel("observed over predicted loss - 1 (%)")
+        bar = axes.figure.colorbar(shade, ax=axes, label="share of runs inside 95 %", pad=0.01)
+        bar.outline.set_visible(False)
+
+    note = f"Fits to small budgets predict the larger ones; bands here are widened {test.inflate:.2g} times for it."
+    return Drawn("back-test", "Rolling back-test", note, rows, draw)
+
+
+def exponents(found: Analysis) -> Drawn | None:
+    """The exponent of N* by each approach, with its resamples."""
+    parts = []
+    if found.resamples is not None and len(found.resamples) > 1:
+        parts.append(("surface", found.fit.surface.a, found.resamples.derive(lambda s: s.a)[:, 0]))
+    known = found.profile_exponents[np.isfinite(found.profile_exponents)]
+    if found.profiles.params is not None and len(known) > 20:
+        parts.append(("isoFLOP parabolas", found.profiles.params.exponent, known))
+    if found.corrected is not None:
+        parts.append(("parabolas, corrected", found.corrected.exponent, np.empty(0)))
+    if len(parts) < 2:
+        return None
+    rows = []
+    for name, value, drawn in parts:
+        low, high = np.quantile(drawn, [0.025, 0.975]).tolist() if len(drawn) else (None, None)
+        rows.append({"approach": name, "a": float(value), "low": low, "high": high})
+
+    def draw(axes: Any) -> None:
+        for i, row in enumerate(rows):
+            if row["low"] is not None:
+                axes.plot([row["low"], row["high"]], [i, i], color=COLOURS[i], linewidth=2)
+            axes.plot([row["a"]], [i], "o", color=COLOURS[i])
+        axes.set_yticks(range(len(rows)), [row["approach"] for row in rows])
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.set_xlabel("exponent a of N* in C")
+        axes.grid(True, axis="x")
+
+    return Drawn("exponents", "The exponent by each approach", "95 % intervals of resamples.", rows, draw)
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Few decimal labels on a logarithmic axis that spans little."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.set_minor_formatter(NullFormatter())
