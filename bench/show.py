@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -61,14 +61,25 @@ def shortened(text: str, limit: int = 60) -> str:
 
 
 def print_scores(run: Run, slices: bool = False) -> None:
-    """The scores of a run, to stdout."""
+    """The scores of a run, to stdout, and below them what is said of several."""
+    shown = [s for s in run.scores() if slices or s.slice == "all"]
+    parts = [text for s in shown for text in s.note.split("; ") if text]
+    footnotes = {text: i for i, text in enumerate(dict.fromkeys(t for t in parts if parts.count(t) > 1), 1)}
     rows = [
         [s.metric, *([s.slice] if slices else []), number(s.value, s.low, s.high), interval(s.low, s.high), coverage(s),
-         s.signature if not s.note else f"{s.signature}   ({s.note})"]
-        for s in run.scores()
-        if slices or s.slice == "all"
+         s.signature + _remarks(s.note, footnotes)]
+        for s in shown
     ]  # fmt: skip
     print(columns(["metric", *(["slice"] if slices else []), "value", "95 %", "n", "signature"], rows))
+    for text, i in footnotes.items():
+        print(plain(f"  [{i}] {text}"))
+
+
+def _remarks(note: str, footnotes: Mapping[str, int]) -> str:
+    """`   (of this score alone) [1] [2]`."""
+    parts = [text for text in note.split("; ") if text]
+    own = "; ".join(text for text in parts if text not in footnotes)
+    return (f"   ({own})" if own else "") + "".join(f" [{footnotes[text]}]" for text in parts if text in footnotes)
 
 
 def print_run(run: Run, slices: bool) -> None:

@@ -31,8 +31,8 @@ class Protocol:
     k: int = 5  # neighbours
     radius: Literal["<", "<="] = "<"  # is a point on the sphere inside? prdc's convention, or torch-fidelity's
     cmmd: str = ""
-    inception_score: str = ""
-    splits: str = "hash"
+    inception_score: str = ""  # an extractor's logits
+    splits: Literal["hash", "torch-fidelity", "guided-diffusion"] = "hash"  # of the Inception score
 
     def definition(self) -> dict:
         """The fields that decide values."""
@@ -64,6 +64,16 @@ PRESETS: dict[str, Protocol] = {
             cmmd="embedded",
         ),
         Protocol(
+            name="world",
+            source="the classifier of the drawn world that comes with the harness; its Inception score is of shapes",
+            departs="no number here is comparable with a paper's; pictures are brought to 32 px",
+            frechet="mini-classifier",
+            kid="mini-classifier",
+            prdc="mini-classifier",
+            cmmd="mini-classifier",
+            inception_score="mini-classifier/logits",
+        ),
+        Protocol(
             name="clean",
             source="GaParmar/clean-fid 0.1.35, compute_fid and compute_kid, mode clean",
             departs="the peer draws its subsets for KID from the global generator; ours are torch-fidelity's",
@@ -86,7 +96,7 @@ PRESETS: dict[str, Protocol] = {
             prdc="inception-tf1",
             k=3,
             radius="<=",
-            inception_score="inception-tf1",
+            inception_score="inception-tf1/logits",
             splits="torch-fidelity",
         ),
         Protocol(
@@ -97,7 +107,7 @@ PRESETS: dict[str, Protocol] = {
             prdc="inception-tf1",
             k=3,
             radius="<=",
-            inception_score="inception-tf1",
+            inception_score="inception-tf1/logits",
             splits="guided-diffusion",
         ),
         Protocol(

@@ -69,6 +69,8 @@ class Images(Suite):
             found.append(metrics.CMMD(extractor=p.cmmd, **sides))
         if p.prdc:
             found.append(metrics.PRDC(extractor=p.prdc, k=p.k, radius=p.radius, **sides))
+        if p.inception_score:
+            found.append(metrics.InceptionScore(extractor=p.inception_score, protocol=p.splits, **sides))
         return (*found, Overlap())
 
     def units(self, reference: Any, names: Sequence[str]) -> Iterator[Unit]:

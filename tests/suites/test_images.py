@@ -103,6 +103,35 @@ def test_the_numbers_are_those_of_the_plain_formulas(folders, scored):
     assert f"|n:{N}|m:{M}|" in plug_in.signature and not plug_in.note
 
 
+def test_every_distance_of_the_default_protocol_is_there_with_its_error(scored):
+    found = by_name(scored)
+    assert set(found) == {
+        *("frechet-embedded", "frechet-embedded.corrected", "kid-embedded"),
+        *("cmmd-embedded", "cmmd-embedded.unbiased"),
+        *(f"prdc-embedded.{part}" for part in ("precision", "recall", "density", "coverage")),
+        *(f"pictures.{part}" for part in ("repeated", "repeated-reference", "shared")),
+    }
+    for metric in ("frechet-embedded.corrected", "kid-embedded", "cmmd-embedded.unbiased", "prdc-embedded.precision"):
+        assert found[metric].low < found[metric].value < found[metric].high, metric
+
+
+def test_small_pictures_have_a_protocol_with_an_inception_score(tmp_path, monkeypatch):
+    """Of shapes of the drawn world: eight at most, and a classifier that is sure of them comes near (2,000 would)."""
+    from bench.metrics import extractors
+    from bench.mini import world
+
+    outputs, passed = extractors.Network.outputs, []
+    monkeypatch.setattr(
+        extractors.Network, "outputs", lambda self, x, *rest: (passed.append(len(x)), outputs(self, x, *rest))[1]
+    )
+    own, ref = (save(tmp_path / f"s{seed}", world.draw(world.sample(160, seed))) for seed in (1, 2))
+    found = by_name(score(own, ref, tmp_path / ".bench", fields={"protocol": "world"}))
+    corrected = found["inception-score-mini-classifier.corrected"]
+    assert 6.5 < corrected.value < 8.5 and corrected.low < corrected.value < corrected.high
+    assert found["frechet-mini-classifier"].value > 0 and all(s.complete for s in found.values())
+    assert sum(passed) == 320  # logits and features come from one pass
+
+
 def test_a_blurred_set_is_further_away(folders, scored):
     store = scored.store.root
     soft, sharp = by_name(score(folders / "soft", folders / "ref", store)), by_name(scored)
