@@ -82,6 +82,8 @@ def _normalised(sets: Sets) -> Sets:
         lengths = np.sqrt(np.einsum("ij,ij->i", x, x, dtype=np.float64))
         if not lengths.all():
             raise Error(f"row {int(np.argmin(lengths))} of the {which} set is zero: it has no direction")
+        if not np.isfinite(lengths).all():
+            raise Error(f"row {int(np.argmax(lengths))} of the {which} set is too long for float64", hint="scale it")
         found[which] = x * (1.0 / lengths[:, None]).astype(x.dtype)
     return replace(sets, **found)
 

@@ -34,8 +34,8 @@ class InceptionScores(NamedTuple):
 def inception_score(logits: np.ndarray, split_of: np.ndarray) -> InceptionScores:
     """Inception score of a classifier's logits [n, classes], n rows in splits 0 ... S - 1 as `split_of` [n] says.
 
-    Probabilities are given as their logarithms. Sums are float64. The score of a split of n / S rows is expected to
-    lie below the score of infinitely many; `corrected` is S IS - (S - 1) mean IS_(-s), IS_(-s) all but split s.
+    Probabilities are given as their logarithms, finite ones. Sums are float64. The score of a split of n / S rows is
+    expected to lie below that of infinitely many; `corrected` is S IS - (S - 1) mean IS_(-s), IS_(-s) all but split s.
     Raises Error where a split has fewer than two rows or the logits are at fault.
     """
     logits = check_features(logits, "generated")
@@ -110,7 +110,6 @@ class InceptionScore(SetMetric):
     extractor: str = "inception-tf1/logits"
     protocol: Literal["hash", "torch-fidelity", "guided-diffusion"] = "hash"
 
-    unit = ""
     better = "higher"
     parts = ("", "corrected")
 

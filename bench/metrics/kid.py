@@ -1,8 +1,8 @@
 """Kernel distances between feature sets: the unbiased MMD^2 over all pairs with its standard error, and KID.
 
 MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y) (Gretton et al. 2012, lemma 6). The kernel inception distance takes
-k(x, y) = (x'y / d + 1)^3 (Binkowski et al., arXiv 1801.01401, section 4); papers print it
-times 1,000, here it is plain.
+k(x, y) = (x'y / d + 1)^3 (Binkowski et al., arXiv 1801.01401, section 4); papers print it times 1,000, here it is
+plain.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def mmd(kernel: Callable[[np.ndarray, np.ndarray], np.ndarray], sets: Sets) -> D
     of a U-statistic: the spread of the influences, by cluster, and, if all rows are independent, the second-order term
     t, which is all there is when both sets have one law:
     V = max(V1 - 4 t_xx/n^2 - 4 t_yy/m^2 - 8 t_xy/nm, 0) + 2 t_xx/n^2 + 2 t_yy/m^2 + 4 t_xy/nm. With clusters V = V1,
-    near zero up to sqrt 2 too large an error. Raises Error where clusters leave no two rows of a set.
+    near zero up to sqrt 2 too large an error. Raises Error where clusters leave no two rows of a set, and
+    where the kernel overflows.
     """
     x, y = sets.generated, sets.reference
     n, m = len(x), len(y)
@@ -92,6 +93,8 @@ def mmd(kernel: Callable[[np.ndarray, np.ndarray], np.ndarray], sets: Sets) -> D
         raise Error("every generated row shares a cluster with every reference row")
     mean = float(rows.sum() / pairs)
     value = xx.mean + yy.mean - 2.0 * mean
+    if not np.isfinite(value):
+        raise Error(f"features are too large for the kernel in {x.dtype}", hint="scale them, or give float64")
     of_x = 2.0 * (xx.influence - n * (rows - mean * partners_x) / pairs)
     of_y = 2.0 * (yy.influence - m * (columns - mean * partners_y) / pairs)
     second = 0.0

@@ -56,6 +56,8 @@ def prdc(generated: np.ndarray, reference: np.ndarray, k: int = 5, radius: Liter
             raise Error(f"the {which} set has {len(rows)} rows; {k} neighbours of each need {k + 1}")
     centre = reference.mean(axis=0, dtype=np.float64).astype(reference.dtype)
     largest = max(float(np.abs(rows[i] - centre).max()) for rows in (generated, reference) for i in _blocks(len(rows)))
+    if not np.isfinite(largest):
+        raise Error(f"distances of these features leave {generated.dtype}", hint="scale them")
     power = float(np.clip(-np.ceil(np.log2(largest)), -126, 126))
     scale = 2.0**power  # exact, and no square leaves float32
     fake, real = _Rows(generated, centre, scale), _Rows(reference, centre, scale)

@@ -156,6 +156,9 @@ def test_refusals_name_the_fault():
     spoilt[4] = np.inf
     with pytest.raises(Error, match="NaN or infinity"):
         cmmd(x, spoilt)
+    spoilt[4] = 1e200
+    with np.errstate(over="ignore"), pytest.raises(Error, match="row 4 of the reference set is too long"):
+        cmmd(x, spoilt)
     with pytest.raises(Error, match="no variance"):
         cmmd(np.ones((30, 6)), x)
     with pytest.raises(Error, match="differ in dimension"):

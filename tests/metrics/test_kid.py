@@ -180,12 +180,12 @@ def test_standard_error_and_coverage(case):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("n", [20, 1000])
+@pytest.mark.parametrize("n", [20, 300])
 @pytest.mark.parametrize("case", cases(0, 0))
 def test_standard_error_and_coverage_at_length(case, n):
     clusters = 4 if case.startswith("clusters") else 1  # 20 clusters, not 20 rows
     draw, truth, (low, high) = cases(n * clusters, n)[case]
-    ratio, coverage = monte_carlo(draw, truth, 600)
+    ratio, coverage = monte_carlo(draw, truth, 500)
     assert low < ratio < high
     assert coverage >= 0.90
 
@@ -232,6 +232,11 @@ def test_refusals_name_the_fault():
         kid_subsets(x, y)
     with pytest.raises(UsageError):
         kid_subsets(x, y, size=1)
+    with (
+        np.errstate(over="ignore", invalid="ignore"),
+        pytest.raises(Error, match="too large for the kernel in float32"),
+    ):
+        kid(1e15 * x.astype(np.float32), y.astype(np.float32))
     with pytest.raises(Error, match="do not correspond"):
         kid_difference(x, x[:29], y)
 

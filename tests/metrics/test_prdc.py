@@ -141,6 +141,8 @@ def test_refusals_name_the_fault():
         prdc(x, x, k=0)
     with pytest.raises(Error, match="NaN"):
         prdc(x, np.full_like(x, np.nan))
+    with np.errstate(over="ignore"), pytest.raises(Error, match="leave float32"):
+        prdc(np.float32(2e38) + 1e37 * x.astype(np.float32), 1e37 * x.astype(np.float32) - np.float32(2e38))
     with pytest.raises(Error, match="no variance"):
         prdc(np.ones_like(x), x)
     with pytest.raises(Error, match="differ in dimension"):
