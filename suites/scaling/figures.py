@@ -14,7 +14,7 @@ from suites.scaling.published import LAWS
 COLOURS = ("#2f6db5", "#cf5c36", "#2c8c69", "#9a4f96", "#b5851d", "#5b7386", "#bd3f54", "#6a62b7")
 INK, MUTED, LINE = "#1b1f24", "#667080", "#d5dae1"
 CURVE = 60  # points of a drawn curve
-REACH = 1e4  # a cited law is drawn where it lies within this factor of what was measured
+REACH = {"params": 100.0, "tokens": 100.0, "loss": 1.5}  # a cited law is drawn within this factor of what was fitted
 
 
 class Drawn(NamedTuple):
@@ -67,9 +67,8 @@ def isoflop(found: Analysis) -> Drawn:
                 if math.isfinite(vertex.high) and vertex.low > 0:
                     axes.plot([vertex.low, vertex.high], [vertex.loss] * 2, color=INK, linewidth=0.9)
                 axes.plot([vertex.params], [vertex.loss], "D", color=INK, markersize=4, fillstyle="none")
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        _plain_ticks(axes.yaxis)
+        _log(axes.xaxis)
+        _log(axes.yaxis, dense=True)
         axes.set_xlabel("parameters N")
         axes.set_ylabel("loss")
         axes.grid(True)
@@ -118,16 +117,14 @@ def along_compute(found: Analysis, quantity: str) -> Drawn | None:
             if law.quantity != quantity:
                 continue
             y = law.coefficient * c**law.exponent
-            if y.min() > levels.max() * REACH or y.max() < levels.min() / REACH:
+            if y.min() > levels.max() * REACH[quantity] or y.max() < levels.min() / REACH[quantity]:
                 continue
             shown += 1
             axes.plot(c, y, "--", color=COLOURS[shown], linewidth=0.9, label=f"{law.name} (cited)")
         if c[-1] > largest * 1.05:
             axes.axvline(largest, color=MUTED, linewidth=0.7, linestyle=":")
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        if quantity == "loss":
-            _plain_ticks(axes.yaxis)
+        _log(axes.xaxis)
+        _log(axes.yaxis, dense=quantity == "loss")
         axes.set_xlabel("compute C (FLOPs)")
         axes.set_ylabel(symbol)
         axes.grid(True)
@@ -153,18 +150,18 @@ def residuals(found: Analysis) -> Drawn | None:
     ]
 
     def draw(axes: Any) -> None:
-        size = np.log(found.runs.params)
-        shade = axes.scatter(found.runs.flops, r, c=size, cmap="viridis", s=12, linewidths=0)
+        for i, (_, part) in enumerate(found.runs.budgets()):
+            at = np.isin(found.runs.row, part.row)
+            axes.plot(found.runs.params[at], r[at], "o", color=COLOURS[i % len(COLOURS)], markersize=3.2)
         axes.axhline(0.0, color=INK, linewidth=0.8)
         for k in (-1, 1):
             axes.axhline(k * 1.96 * found.fit.sigma, color=MUTED, linewidth=0.7, linestyle=":")
-        axes.set_xscale("log")
-        axes.set_xlabel("compute C (FLOPs)")
+        _log(axes.xaxis)
+        axes.set_xlabel("parameters N")
         axes.set_ylabel("ln model - ln loss" if found.fit.objective != "ls_raw" else "model - loss")
-        bar = axes.figure.colorbar(shade, ax=axes, label="ln N", pad=0.01)
-        bar.outline.set_visible(False)
 
-    return Drawn("residuals", "Residuals of the surface", "Dotted: 1.96 sigma.", rows, draw)
+    note = "Coloured by budget, as above. Dotted: 1.96 sigma."
+    return Drawn("residuals", "Residuals of the surface", note, rows, draw)
 
 
 def floor_profile(found: Analysis) -> Drawn | None:
@@ -178,7 +175,7 @@ def floor_profile(found: Analysis) -> Drawn | None:
         axes.axvline(found.fit.surface.E, color=INK, linewidth=0.8)
         if found.fit.floor_interval:
             axes.axvspan(*found.fit.floor_interval, color=COLOURS[0], alpha=0.15, linewidth=0)
-        axes.set_yscale("log")
+        _log(axes.yaxis)
         axes.set_xlabel("E")
         axes.set_ylabel("least objective with E held")
 
@@ -197,13 +194,17 @@ def tested(found: Analysis) -> Drawn | None:
 
     def draw(axes: Any) -> None:
         ratio = test.budget / test.largest
-        shade = axes.scatter(ratio, 100 * np.expm1(test.error), c=test.covered, cmap="viridis", vmin=0, vmax=1, s=22)
+        for good, colour, label in (
+            (True, COLOURS[0], "90 % of its runs inside, or more"),
+            (False, COLOURS[1], "fewer"),
+        ):
+            at = (test.covered >= 0.9) == good
+            axes.plot(ratio[at], 100 * np.expm1(test.error[at]), "o", color=colour, markersize=4, label=label)
         axes.axhline(0.0, color=INK, linewidth=0.8)
-        axes.set_xscale("log")
+        _log(axes.xaxis, dense=True)
         axes.set_xlabel("predicted budget over the largest fitted")
         axes.set_ylabel("observed over predicted loss - 1 (%)")
-        bar = axes.figure.colorbar(shade, ax=axes, label="share of runs inside 95 %", pad=0.01)
-        bar.outline.set_visible(False)
+        axes.legend(title="95 % prediction interval", frameon=False, fontsize=7, title_fontsize=7)
 
     note = f"Fits to small budgets predict the larger ones; bands here are widened {test.inflate:.2g} times for it."
     return Drawn("back-test", "Rolling back-test", note, rows, draw)
@@ -239,10 +240,18 @@ def exponents(found: Analysis) -> Drawn | None:
     return Drawn("exponents", "The exponent by each approach", "95 % intervals of resamples.", rows, draw)
 
 
-def _plain_ticks(axis: Any) -> None:
-    """Few decimal labels on a logarithmic axis that spans little."""
+def _log(axis: Any, dense: bool = False) -> None:
+    """A logarithmic axis with plain text for labels; `dense` for what spans little more than a decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)))
-    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    if dense:
+        axis.set_major_locator(LogLocator(subs=(1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}" if 1e-2 < v < 1e4 else _power(v)))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _power(value: float) -> str:
+    mantissa, exponent = f"{value:.0e}".split("e")
+    power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return power if mantissa == "1" else f"{mantissa}·{power}"
