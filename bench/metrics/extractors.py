@@ -152,7 +152,7 @@ class Output:
             known = ", ".join(n for n in network.dims if n) or "none but its features"
             raise UsageError(f"extractor {network.name} has no output {output!r}", hint=f"it has {known}")
         self.name, self.fingerprint = f"{network.name}/{output}", network.fingerprint
-        self.dim = network.dims[output]
+        self.dim, self.preparation = network.dims[output], network.preparation
         self._network, self._output = network, output
 
     def __call__(self, images: Any) -> np.ndarray:
@@ -223,13 +223,14 @@ def features(name: str, images: Any, ctx: Any, mode: str = "round", value_range:
 
 def _batch_of(images: Any, key: Any) -> _Batch:
     key = (*key, _contents(images))
-    _batches[:] = [b for b in _batches if b.reference() is not None]
     for batch in _batches:
         if batch.reference() is images and batch.key == key:
-            return batch
-    _batches.append(_Batch(images, key))
-    del _batches[:-2]  # an original and its reconstruction
-    return _batches[-1]
+            break
+    else:
+        batch = _Batch(images, key)
+    kept = [b for b in _batches if b is not batch and b.reference() is not None]
+    _batches[:] = [*kept[-3:], batch]  # the last one used stays longest
+    return batch
 
 
 def _contents(images: Any) -> Any:

@@ -120,7 +120,8 @@ def test_one_pass_gives_features_and_logits(weights, forwards):
     assert forwards == {"passes": [4], "resizes": ["tf1"]}
     output = extractors.opened("inception-tf1/logits", ctx)
     assert (output.name, output.dim) == ("inception-tf1/logits", 1008)
-    assert output.fingerprint == extractors.opened("inception-tf1", ctx).fingerprint
+    network = extractors.opened("inception-tf1", ctx)
+    assert (output.fingerprint, output.preparation) == (network.fingerprint, network.preparation)
     extractors.features("inception-clean", x, ctx)
     assert forwards["resizes"] == ["tf1", "clean"] and len(forwards["passes"]) == 2
     with pytest.raises(UsageError, match="no output 'probabilities'"):
@@ -338,6 +339,24 @@ def test_a_network_of_one_s_own_is_a_manifest(tmp_path, monkeypatch):
     toml.write_text(toml.read_text().replace("size = 96", 'size = "big"'))
     with pytest.raises(Error, match="size must be a whole number"):
         extractors.opened("mine", Harness())
+
+
+def test_batches_in_use_are_kept_and_others_are_not(monkeypatch):
+    passes = []
+
+    def extractor(x):
+        passes.append(int(x[0, 0, 0, 0]))
+        return np.zeros((1, 2), dtype=np.float32)
+
+    monkeypatch.setattr(extractors, "opened", lambda name, ctx: extractor)
+    batches = [torch.full((1, 3, 2, 2), i, dtype=torch.uint8) for i in range(6)]
+    for i in (0, 1, 0, 2, 0, 3, 0, 4, 0, 4, 3):
+        extractors.features("one", batches[i], Context())
+    assert passes == [0, 1, 2, 3, 4]
+    assert len(extractors._batches) == 4
+    del batches[1:]
+    extractors.features("one", batches[0], Context())
+    assert passes == [0, 1, 2, 3, 4] and len(extractors._batches) == 1  # what is gone is not held
 
 
 def test_the_classifier_of_the_small_world_is_an_extractor():
