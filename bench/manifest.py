@@ -370,7 +370,8 @@ def extractor_table(name: str) -> Mapping[str, Any]:
     if "extractor" in header:
         return header["extractor"]
     known = [n for n in _known("weights") if "[extractor]" in read_text(find(f"weights/{n}"))]
-    hint = f"embedded, inception-RESIZE, {', '.join(known)}; or write data_manifests/weights/NAME.toml"
+    own = "embedded, mini-classifier, mini-clip, inception-RESIZE"
+    hint = f"{own}, {', '.join(known)}; or write data_manifests/weights/NAME.toml with a table [extractor]"
     raise UsageError(f"no feature network is called {name!r}{suggest(name, known)}", hint=hint)
 
 

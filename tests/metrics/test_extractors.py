@@ -150,7 +150,7 @@ def test_missing_and_foreign_weights_are_named(tmp_path):
         inception(tmp_path / "other.safetensors", "nearest")
     with pytest.raises(UsageError, match="no feature network is called 'vit'") as caught:
         extractors.opened("vit", Context())
-    assert "embedded, inception-RESIZE" in caught.value.hint
+    assert "mini-clip, inception-RESIZE, clip-vitb32" in caught.value.hint
 
 
 def set_for_cuda():
