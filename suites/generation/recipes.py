@@ -375,7 +375,8 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
     CLIP's two files, too, since older versions of transformers read those."""
     half = copy.copy(pipeline)
     half.register_modules(
-        **{name: copy.deepcopy(getattr(pipeline, name)).cpu().half() for name in ("vae", "unet", "text_encoder")}
+        tokenizer=tokenizer.build(world.WORDS, LENGTH),  # one that was used would write down how
+        **{name: copy.deepcopy(getattr(pipeline, name)).cpu().half() for name in ("vae", "unet", "text_encoder")},
     )
     half.save_pretrained(folder)
     tokenizer.write(world.WORDS, folder / "tokenizer")
