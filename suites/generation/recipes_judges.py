@@ -43,7 +43,6 @@ class MiniClassifier(Recipe):
 
     def train(self, model: Any, ctx: TrainContext) -> Generator[Mapping[str, float], None, Any]:
         import torch
-        from torch.nn.functional import cross_entropy
 
         images, labels = examples(self.pictures, self.nonsense, ctx.seed(0, "pictures"))
         model = initialise(judges.build_classifier(), ctx.generator(0, "weights")).to(ctx.device)
@@ -58,8 +57,7 @@ class MiniClassifier(Recipe):
                 logits = model(pictures)
             truth = labels[chosen].to(ctx.device)
             losses = {
-                name: cross_entropy(logits[name].float(), truth[:, i], ignore_index=-1)
-                for i, name in enumerate(judges.HEADS)
+                name: labelled_cross_entropy(logits[name].float(), truth[:, i]) for i, name in enumerate(judges.HEADS)
             }
             loss = sum(losses.values())
             _update(optimizer, loss, self.lr * learning_rate(step, self.steps))
@@ -194,7 +192,7 @@ class MiniVQA(Recipe):
     name: ClassVar[str] = "mini-vqa"
     version: ClassVar[int] = 1
 
-    steps: int = 2500
+    steps: int = 1500
     batch: int = 256
     pictures: int = 8000  # drawn and looked at once; questions are new at each step
     nonsense: int = 1000
@@ -491,12 +489,18 @@ def contrastive_loss(pictures, captions, scale, truth, claims):
     return (cross_entropy(logits, target) + cross_entropy(logits[:, : len(pictures)].T, target)) / 2
 
 
-def _attribute_loss(logits, labels, sizes):
-    """The cross entropies of all attributes, added; labels -1 do not count."""
+def labelled_cross_entropy(logits, labels):
+    """The mean over those of [B] that have a label, and are not -1; 0 where none has."""
     from torch.nn.functional import cross_entropy
 
-    parts = zip(logits.split(sizes, 1), labels.T, strict=True)
-    return sum(cross_entropy(part, label, ignore_index=-1) for part, label in parts)
+    return cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / (labels >= 0).sum().clamp_min(1)
+
+
+def _attribute_loss(logits, labels, sizes):
+    """The cross entropies of all attributes, added."""
+    return sum(
+        labelled_cross_entropy(part, label) for part, label in zip(logits.split(sizes, 1), labels.T, strict=True)
+    )
 
 
 def _word(value: str) -> str:
