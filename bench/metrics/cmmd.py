@@ -46,6 +46,9 @@ class _Moments(NamedTuple):
     mean: np.ndarray  # float64 [d]
     second: np.ndarray  # float64 [d, d], about 0
 
+    def covariance(self) -> np.ndarray:
+        return self.second - np.outer(self.mean, self.mean)
+
 
 def _values(sets: Sets, of_x: _Moments, of_y: _Moments) -> Cmmd:
     n, m = len(sets.generated), len(sets.reference)
@@ -147,12 +150,13 @@ def _from_moments(sets: Sets) -> Discrepancy:
     for rows, sign in ((x, 2.0 * FRONT), (y, -2.0 * FRONT)):
         values = np.concatenate([_quadratic(rows[s : s + BLOCK], slope, curve) for s in range(0, len(rows), BLOCK)])
         influences.append(sign * (values - values.mean()))
-    second = 0.0
-    if not sets.paired:
-        n, m = len(x), len(y)
-        cov_x, cov_y = (found.second - np.outer(found.mean, found.mean) for found in (of_x, of_y))
-        second = 2.0 * _square(cov_x, x, of_x.mean) / n**2 + 2.0 * _square(cov_y, y, of_y.mean) / m**2
-        second = (FRONT * B) ** 2 * (second + 4.0 * float(np.vdot(cov_x, cov_y)) / (n * m))
+    n, m = len(x), len(y)
+    if sets.paired:
+        second = 2.0 * _spread(x - y, _moments(x - y)) / n**2
+    else:
+        second = 2.0 * _spread(x, of_x) / n**2 + 2.0 * _spread(y, of_y) / m**2
+        second += 4.0 * float(np.vdot(of_x.covariance(), of_y.covariance())) / (n * m)
+    second *= (FRONT * B) ** 2
     return finish(_values(sets, of_x, of_y).unbiased / SCALE, *influences, sets, second)
 
 
@@ -161,11 +165,11 @@ def _quadratic(rows: np.ndarray, slope: np.ndarray, curve: np.ndarray) -> np.nda
     return rows @ slope + np.einsum("ij,ij->i", rows @ curve.astype(rows.dtype), rows)
 
 
-def _square(cov: np.ndarray, rows: np.ndarray, mean: np.ndarray) -> float:
-    """Sum of squares of a covariance, without the share of rows against themselves (they add its trace^2 / n)."""
-    n = len(rows)
-    lengths = 1.0 - 2.0 * (rows @ mean) + mean @ mean
-    return (n * float(np.square(cov).sum()) - float(lengths @ lengths) / n) / (n - 1)
+def _spread(rows: np.ndarray, moments: _Moments) -> float:
+    """Mean square of x'y over pairs of centred rows: the covariance's sum of squares without each row with itself."""
+    n, mean = len(rows), moments.mean
+    lengths = np.einsum("ij,ij->i", rows, rows) - 2.0 * (rows @ mean) + mean @ mean
+    return (n * float(np.square(moments.covariance()).sum()) - float(lengths @ lengths) / n) / (n - 1)
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ from bench.types import Error, Estimate, UsageError
 
 TILE = 1024  # rows of the blocks that kernels are computed in: 4 MB of float32, as fast as larger ones
 SEED = 2020  # torch-fidelity's
-FEWEST = 20  # independent rows below which a standard error is not trusted
+FEWEST = 50  # independent rows below which a standard error is not trusted
 
 
 class Discrepancy(NamedTuple):
     """An MMD^2 (or a difference of two) and its standard error.
 
     `influences` are the first-order effects of rows, float64 [n] and [m], each of mean 0: the value varies as the sum
-    of their means. `se` is None with fewer than 20 clusters in a set; `freedom` is that of the t law.
+    of their means. `se` is None with fewer than 50 clusters in a set; `freedom` is that of the t law.
     """
 
     value: float
@@ -67,8 +67,8 @@ def mmd(kernel: Callable[[np.ndarray, np.ndarray], np.ndarray], sets: Sets) -> D
 
     Rows that share a cluster, in one set or across the two (the halves of a pair), depend on one another; so does a
     row on itself. The kernel of such two is left out, as it would bias the value. The standard error is the closed form
-    of a U-statistic: the spread of the influences, by cluster, and, if all rows are independent, the second-order term
-    t, which is all there is when both sets have one law:
+    of a U-statistic: the spread of the influences, by cluster, and, if all rows or pairs are independent, the
+    second-order term t, which is all there is when both sets have one law:
     V = max(V1 - 4 t_xx/n^2 - 4 t_yy/m^2 - 8 t_xy/nm, 0) + 2 t_xx/n^2 + 2 t_yy/m^2 + 4 t_xy/nm. With clusters V = V1,
     near zero up to sqrt 2 too large an error. Raises Error where clusters leave no two rows of a set, and
     where the kernel overflows.
@@ -76,6 +76,8 @@ def mmd(kernel: Callable[[np.ndarray, np.ndarray], np.ndarray], sets: Sets) -> D
     x, y = sets.generated, sets.reference
     n, m = len(x), len(y)
     labels_x, labels_y = _labels(sets)
+    if sets.paired and labels_x.max() + 1 == n:
+        return _of_pairs(kernel, sets, labels_x)
     xx = _within(lambda i, j: kernel(x[i], x[j]), labels_x, "generated")
     yy = _within(lambda i, j: kernel(y[i], y[j]), labels_y, "reference")
     rows, columns, squares = np.zeros(n), np.zeros(m), 0.0
@@ -93,8 +95,6 @@ def mmd(kernel: Callable[[np.ndarray, np.ndarray], np.ndarray], sets: Sets) -> D
         raise Error("every generated row shares a cluster with every reference row")
     mean = float(rows.sum() / pairs)
     value = xx.mean + yy.mean - 2.0 * mean
-    if not np.isfinite(value):
-        raise Error(f"features are too large for the kernel in {x.dtype}", hint="scale them, or give float64")
     of_x = 2.0 * (xx.influence - n * (rows - mean * partners_x) / pairs)
     of_y = 2.0 * (yy.influence - m * (columns - mean * partners_y) / pairs)
     second = 0.0
@@ -102,6 +102,26 @@ def mmd(kernel: Callable[[np.ndarray, np.ndarray], np.ndarray], sets: Sets) -> D
         t_xy = squares / pairs - (rows @ rows) / n / m**2 - (columns @ columns) / m / n**2 + mean**2
         second = 2.0 * xx.t / n**2 + 2.0 * yy.t / m**2 + 4.0 * t_xy / pairs
     return finish(value, of_x, of_y, sets, second)
+
+
+def _of_pairs(kernel: Callable[[np.ndarray, np.ndarray], np.ndarray], sets: Sets, labels: np.ndarray) -> Discrepancy:
+    """`mmd` of independent pairs: the mean over i != j of h = k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(y_i, x_j).
+
+    A U-statistic of one sample, those of pairs, so that t is known here too: V = max(V1 - 4 t/n^2, 0) + 2 t/n^2. The
+    influences are those of pairs, and 0 for what they already count.
+    """
+    x, y = sets.generated, sets.reference
+
+    def h(i: slice, j: slice) -> np.ndarray:
+        found = kernel(x[i], x[j])
+        found += kernel(y[i], y[j])
+        found -= kernel(x[i], y[j])
+        found -= kernel(y[i], x[j])
+        return found
+
+    found = _within(h, labels, "generated")
+    n = len(x)
+    return finish(found.mean, 2.0 * found.influence, np.zeros(n), sets, 2.0 * found.t / n**2)
 
 
 class _Within(NamedTuple):
@@ -139,6 +159,8 @@ def _apart(k: np.ndarray, of_rows: np.ndarray, of_columns: np.ndarray) -> np.nda
 
 def finish(value: float, of_x: np.ndarray, of_y: np.ndarray, sets: Sets, second: float) -> Discrepancy:
     """Value and standard error; `second` is the variance that second-order terms add, 0 where it is not known."""
+    if not np.isfinite(value):
+        raise Error(f"features are too large for the kernel in {sets.generated.dtype}", hint="scale them")
     found = influence_error(sets, of_x, of_y)
     fewest = min(len(set(names)) for names in (sets.generated_clusters, sets.reference_clusters))
     if found is None or fewest < FEWEST:

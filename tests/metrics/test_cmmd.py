@@ -125,8 +125,7 @@ def check_intervals(case, n, m, repeats, lowest):
     values, errors = np.array([f.value for f in found]), np.array([f.se for f in found])
     spread = values.std(ddof=1)
     assert abs(values.mean() - truth) < 4 * spread / np.sqrt(repeats) + 1e-5  # unbiased
-    # near zero the error of pairs keeps twice the second-order variance
-    assert 0.7 < errors.mean() / spread < (1.5 if case == "pairs" else 1.3)
+    assert 0.7 < errors.mean() / spread < 1.3
     half = np.array([stdtrit(f.freedom, 0.975) * f.se for f in found])
     assert np.mean(abs(values - truth) <= half) >= lowest
 
@@ -142,7 +141,7 @@ def test_standard_error_and_coverage(case):
 
 @pytest.mark.full
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("n", [25, 1000])
+@pytest.mark.parametrize("n", [50, 500])
 def test_standard_error_and_coverage_at_length(case, n):
     check_intervals(case, n, n, 800, 0.90)
 
