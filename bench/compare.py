@@ -128,10 +128,12 @@ def set_differences(run: Run, a: Table, b: Table) -> dict[str, Estimate]:
         if not hasattr(metric, "difference"):
             continue
         try:
-            parts: Mapping[str, Estimate] = metric.difference(*_clustered_alike(*matched_sets(a, b, metric.extractor)))
+            x, y = _clustered_alike(*matched_sets(a, b, metric.extractor))
+            parts: Mapping[str, Estimate] = metric.difference(x, y)
         except (KeyError, Error):  # a run without these features, or too few rows shared
             continue
-        found |= {f"{metric.name}.{part}" if part else metric.name: e for part, e in parts.items()}
+        n = len(x.generated)
+        found |= {f"{metric.name}.{part}" if part else metric.name: replace(e, n=n) for part, e in parts.items()}
     return found
 
 

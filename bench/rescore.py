@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -134,16 +135,16 @@ def _measure(run: Run, record: Record, metrics: Sequence[Any], ctx: Any) -> tupl
     items = [str(row["item"]) for row in record.rows]
     columns: dict[str, list] = {}
     features: dict[str, list[np.ndarray]] = {}
-    for ids in ctx.batches(Unit(record.unit, tuple(items))):
-        media = _media(run, record, ids)
-        for metric in metrics:
-            for name, values in metric.measure(media, ctx).items():
-                if len(values) != len(ids):
-                    raise Error(f"{metric.name}: {name} has {len(values)} values for {len(ids)} items")
-                if hasattr(values, "ndim") and values.ndim > 1:
-                    features.setdefault(name, []).append(np.asarray(values, np.float32))
-                else:
-                    columns.setdefault(name, []).extend(as_json(v) for v in values)
+    for batch in ctx.batches(Unit(record.unit, tuple(items))):
+        for ids, media in _media(run, record, batch):
+            for metric in metrics:
+                for name, values in metric.measure(media, ctx).items():
+                    if len(values) != len(ids):
+                        raise Error(f"{metric.name}: {name} has {len(values)} values for {len(ids)} items")
+                    if hasattr(values, "ndim") and values.ndim > 1:
+                        features.setdefault(name, []).append(np.asarray(values, np.float32))
+                    else:
+                        columns.setdefault(name, []).extend(as_json(v) for v in values)
     blobs = {}
     for name, parts in features.items():
         out = io.BytesIO()
@@ -152,17 +153,17 @@ def _measure(run: Run, record: Record, metrics: Sequence[Any], ctx: Any) -> tupl
     return columns, blobs
 
 
-def _media(run: Run, record: Record, ids: Sequence[str]) -> dict[str, Any]:
-    """The kept pictures of a batch as uint8 [B, 3, H, W], and its columns as lists."""
+def _media(run: Run, record: Record, ids: Sequence[str]) -> Iterator[tuple[list[str], dict[str, Any]]]:
+    """(ids, media) of a batch, parted where the size changes: kept pictures as uint8 [B, 3, H, W], columns as lists."""
     import numpy as np
     import torch
     from PIL import Image
 
-    names = sorted({key.split("/", 2)[1] for key in record.blobs if key.startswith("media/")})
-    media: dict[str, Any] = {}
-    for name in names or ["media"]:
-        pictures = []
-        for id in ids:
+    names = sorted({key.split("/", 2)[1] for key in record.blobs if key.startswith("media/")}) or ["media"]
+    rows = {row["item"]: row for row in record.rows}
+    kept: dict[str, dict[str, np.ndarray]] = {}
+    for id in ids:
+        for name in names:
             address = record.blobs.get(f"media/{name}/{id}")
             if address is None:
                 raise Error(
@@ -171,12 +172,14 @@ def _media(run: Run, record: Record, ids: Sequence[str]) -> dict[str, Any]:
                 )
             data = run.store.get(address)
             if Path(address).suffix == ".npy":
-                pictures.append(np.load(io.BytesIO(data), allow_pickle=False))
+                array = np.load(io.BytesIO(data), allow_pickle=False)
             else:
                 array = np.asarray(Image.open(io.BytesIO(data)))
-                pictures.append(array.transpose(2, 0, 1) if array.ndim == 3 else array[None])
-        media[name] = torch.from_numpy(np.stack(pictures))
-    rows = {row["item"]: row for row in record.rows}
-    for column in rows[ids[0]]:
-        media.setdefault(column, [rows[i].get(column) for i in ids])
-    return media
+                array = array.transpose(2, 0, 1) if array.ndim == 3 else array[None]
+            kept.setdefault(id, {})[name] = array
+    for _, group in groupby(ids, key=lambda id: [kept[id][name].shape for name in names]):
+        part = list(group)
+        media: dict[str, Any] = {n: torch.from_numpy(np.stack([kept[id][n] for id in part])) for n in names}
+        for column in rows[part[0]]:
+            media.setdefault(column, [rows[i].get(column) for i in part])
+        yield part, media

@@ -81,8 +81,9 @@ def _explain(step: Step, store: Store, how: How, how_origins: Mapping[str, Value
     rows += [
         [f"fingerprint {k}", str(v), ""] for k, v in plan.spec["adapter_args"].items() if k in plan.arguments.weights
     ]
-    if plan.manifest is not None:
-        rows.append(["data", f"{plan.manifest.name} {plan.manifest.digest}", f"{len(plan.manifest.ids())} items"])
+    for manifest in (plan.manifest, *plan.others.values()):
+        if manifest is not None:
+            rows.append(["data", f"{manifest.name} {manifest.digest}", f"{len(manifest.ids())} items"])
     rows.append(["run", run_id(plan.spec, plan.label), "exists" if run else "new"])
     rows.append(["units", str(len(mine)), f"{len(run.pending(mine)) if run else len(mine)} pending"])
     print(columns(["what", "value", "origin"], rows))

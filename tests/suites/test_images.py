@@ -1,6 +1,7 @@
 """The suite of two sets of pictures: numbers against other libraries, one pass, flags, reuse, shards and bad input."""
 
 import json
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -197,6 +198,30 @@ def test_pictures_of_several_sizes_keep_their_own(tmp_path):
     assert "of 2 sizes from 64x64 to 96x96 px, the reference of 64x64 px" in note
     resized = score(tmp_path / "mixed", tmp_path / "ref", tmp_path / ".bench", fields={"size": 64})
     assert "3 generated pictures resized to 64 px" in by_name(resized)["frechet-embedded"].note
+
+
+def test_another_network_can_look_later_at_what_was_kept(tmp_path):
+    """Pictures of several sizes, in their order; Fréchet is withheld for so few, its features are there."""
+    from bench.execution import derive, suite_of
+    from bench.metrics.extractors import opened
+    from bench.rescore import remeasure
+
+    mixed = [*pictures(2, 5), *pictures(2, 6, 96), *pictures(2, 7)]
+    save(tmp_path / "mixed", mixed), save(tmp_path / "ref", pictures(4, 8))
+    run = score(tmp_path / "mixed", tmp_path / "ref", tmp_path / ".bench", how=replace(HOW, keep="all"))
+    metric = "bench.metrics.frechet:Frechet?extractor=mini-classifier&fake=output&real=reference"
+    assert remeasure(run, metric) == 2
+    found = run.table().where("side", "generated").features("mini-classifier")
+
+    class Here:
+        device = "cpu"
+
+    import torch
+
+    network = opened("mini-classifier", Here())
+    expected = np.concatenate([network(torch.from_numpy(p).permute(2, 0, 1)[None]) for p in mixed])
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert {s.metric for s in derive(run, suite_of(run))} >= {"frechet-mini-classifier", "kid-embedded"}
 
 
 def test_mixed_formats_repeats_and_leaks_stand_beside_every_distance(tmp_path):
@@ -398,7 +423,34 @@ def test_a_board_ties_models_by_their_paired_difference(folders, scored, tmp_pat
         "frechet-embedded.corrected"
     ]
     assert (pair.value, pair.low, pair.high) == (d.value, d.low, d.high)
-    assert pair.low * pair.high > 0 and "paired" in pair.method
+    assert pair.low * pair.high > 0 and "paired" in pair.method and pair.n == N
+
+
+def test_what_is_said_of_a_value_stands_on_the_page_and_outputs_in_the_gallery(tmp_path, capsys):
+    from bench.report import render
+    from bench.show import print_scores
+
+    for name, n, suffix in (("own", 5, ".jpg"), ("other", 5, ".png"), ("ref", 6, ".png")):
+        save(tmp_path / name, pictures(n, len(name) + n), suffix)
+    keep = replace(HOW, keep="all")
+    runs = [score(tmp_path / n, tmp_path / "ref", tmp_path / ".bench", how=keep) for n in ("own", "other")]
+    (tmp_path / "b.toml").write_text(
+        'title = "b"\nsources = ["store"]\n[[column]]\nsuite = "images"\nmetric = "kid-embedded"\n'
+        '[[column]]\nsuite = "images"\nmetric = "pictures.shared"\n'
+    )
+    render(tmp_path / "b.toml", runs[0].store, tmp_path / "out")
+    page = (tmp_path / "out" / "index.html").read_text()
+    said = "stored as JPEG, the reference as PNG"
+    assert page.count(f"<li>{said} ") == 1 and '<span class="of">(own)</span>' in page and "<sup>1" in page
+    assert said in (tmp_path / "out" / "tables" / "b.md").read_text().replace("\\", "")
+    tiles = json.loads((tmp_path / "out" / "runs.json").read_text())["tiles"]
+    assert {i for run in tiles.values() for i in run} <= {
+        f"generated:000{i}{s}" for i in range(5) for s in (".jpg", ".png")
+    }
+    assert "6 independent clusters" not in page  # those of the reference are not those of all rows
+    print_scores(runs[0])
+    out = capsys.readouterr().out
+    assert out.count(said) == 1 and re.search(rf"^  \[\d\] {said}$", out, re.MULTILINE)
 
 
 # -- protocols
