@@ -10,7 +10,7 @@ or that of a weights manifest with a table `[extractor]`:
     mean = [0.485, 0.456, 0.406]           # of pictures in 0..1, subtracted; std = [...] then divides
     dim = 512                              # of the features
 
-`<name>/logits` is the other output of a network that has one; both come from the same forward pass.
+`<name>/logits` is another output of a network that has it; all come from the same forward pass.
 """
 
 from __future__ import annotations
@@ -297,8 +297,8 @@ def mini(name: str, device: str = "cpu") -> Network:
 def inception(weights: Path, resize: str = "clean", device: str = "cpu") -> Network:
     """Inception of the FID papers, 2048 features after the last mean, with one of four ways to 299 x 299 px.
 
-    `clean` (clean-fid), `tf1` (torch-fidelity), `pytorch` (pytorch-fid), `tm` (torchmetrics): see bench.metrics.
-    resizes. Its output "logits" are 1008 class logits without bias, as torch-fidelity's Inception score takes them.
+    `clean` (clean-fid), `tf1` (torch-fidelity), `pytorch` (pytorch-fid), `tm` (torchmetrics): see bench.metrics.resizes.
+    Outputs beside: "logits", 1008 without bias, which torch-fidelity's Inception score takes; "spatial", for sFID.
     `weights` is the state dict of pytorch-fid, which holds tensors alone; the TorchScript file that others use carries
     code that runs on loading, so it is not read.
     """
@@ -316,7 +316,7 @@ def inception(weights: Path, resize: str = "clean", device: str = "cpu") -> Netw
     def forward(levels: Any) -> Mapping[str, Any]:
         return network(levels / 127.5 - 1.0 if resize == "pytorch" else (levels - 128.0) / 128.0)
 
-    dims = {"": 2048, **({"logits": len(state["fc.weight"])} if "fc.weight" in state else {})}
+    dims = {"": 2048, "spatial": 2023, **({"logits": len(state["fc.weight"])} if "fc.weight" in state else {})}
     fingerprint = f"inception-2015-12-05@{file_digest(path)[:8]}"
     return Network(f"inception-{resize}", fingerprint, dims, forward, device, Preparation(resize, 299))
 

@@ -45,16 +45,18 @@ def opened(fields: Mapping[str, Any], state: State, where: Path | str, device: s
 
 
 def inception(state: State, where: Path | str, device: str = "cpu") -> Forward:
-    """Inception of the FID papers: pictures [B, 3, 299, 299] in [-1, 1] -> 2048 features; 1008 logits without bias
-    where the file has the classifier, which is what the Inception score of torch-fidelity takes."""
+    """Inception of the FID papers: pictures [B, 3, 299, 299] in [-1, 1] -> 2048 features; "spatial", 2023 of them, for
+    sFID; "logits", 1008 without bias, where the file has the classifier: what torch-fidelity's Inception score takes.
+    """
     layers = folded(state, where, device)
     if not {"Conv2d_1a_3x3", "Mixed_7c.branch_pool"} <= layers.keys():
         raise Error(f"{where} is not a state dict of Inception in pytorch-fid's layout")
     classifier = state["fc.weight"].float().to(device) if "fc.weight" in state else None
 
     def forward(x: Any) -> Mapping[str, Any]:
-        pooled = inception_features(layers, x)
-        return {"": pooled} if classifier is None else {"": pooled, "logits": pooled @ classifier.T}
+        pooled, spatial = inception_features(layers, x)
+        found = {"": pooled, "spatial": spatial}
+        return found if classifier is None else {**found, "logits": pooled @ classifier.T}
 
     return forward
 
@@ -86,11 +88,12 @@ def folded(state: State, where: Path | str, device: str = "cpu", suffix: str = "
     return layers
 
 
-def inception_features(layers: Layers, x: Any) -> Any:
-    """float32 [B, 2048] of pictures [B, 3, 299, 299] in [-1, 1].
+def inception_features(layers: Layers, x: Any) -> tuple[Any, Any]:
+    """float32 [B, 2048] and [B, 2023] of pictures [B, 3, 299, 299] in [-1, 1].
 
     Inception v3 (Szegedy et al. 2015, arXiv 1512.00567) as TensorFlow released it on 2015-12-05: means leave the
-    padding out, and the last block pools by maximum.
+    padding out, and the last block pools by maximum. The second are the first seven channels of `mixed_6/conv`, 17 x 17
+    (Nash et al. 2021, arXiv 2103.03841, as guided-diffusion computes sFID).
     """
     import torch
     from torch.nn.functional import avg_pool2d, conv2d, max_pool2d
@@ -149,12 +152,14 @@ def inception_features(layers: Layers, x: Any) -> Any:
     x = torch.cat([*parts, max_pool2d(x, 3, 2)], 1)
     for block in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
         x = factored(x, block)
+        if block == "Mixed_6d":  # whose first branch TensorFlow calls mixed_6/conv
+            spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)
     three = conv(chain(x, "Mixed_7a", "branch3x3_1"), "Mixed_7a.branch3x3_2", 2, False)
     seven = chain(x, "Mixed_7a", "branch7x7x3_1", "branch7x7x3_2", "branch7x7x3_3")
     x = torch.cat([three, conv(seven, "Mixed_7a.branch7x7x3_4", 2, False), max_pool2d(x, 3, 2)], 1)
     x = split(x, "Mixed_7b", mean3(x))
     x = split(x, "Mixed_7c", max_pool2d(x, 3, 1, 1))
-    return x.mean((2, 3))
+    return x.mean((2, 3)), spatial
 
 
 def i3d(state: State, where: Path | str, device: str = "cpu") -> Forward:
