@@ -297,7 +297,7 @@ def mini(name: str, device: str = "cpu") -> Network:
 def inception(weights: Path, resize: str = "clean", device: str = "cpu") -> Network:
     """Inception of the FID papers, 2048 features after the last mean, with one of four ways to 299 x 299 px.
 
-    `clean` (clean-fid), `tf1` (torch-fidelity), `pytorch` (pytorch-fid), `tm` (torchmetrics): see bench.metrics.resizes.
+    `clean` (clean-fid), `tf1` (torch-fidelity), `pytorch` (pytorch-fid), `tm` (torchmetrics) of bench.metrics.resizes.
     Outputs beside: "logits", 1008 without bias, which torch-fidelity's Inception score takes; "spatial", for sFID.
     `weights` is the state dict of pytorch-fid, which holds tensors alone; the TorchScript file that others use carries
     code that runs on loading, so it is not read.
