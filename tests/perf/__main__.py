@@ -1,9 +1,13 @@
-"""Everything that `make perf` measures, one table after another; about half an hour on two cores."""
+"""Everything that `make perf` measures, one table after another; about half an hour on two quiet cores.
+
+`--quick`: the same calls on tiny input, to see that they work; its tables go to build/perf.
+"""
 
 import commands
 import metrics
 import overhead
+from measure import QUICK
 
 metrics.main()
-commands.main()
-overhead.main()
+commands.main(20 if QUICK else 1000)
+overhead.main(*((16, 1) if QUICK else (2000, 3)))

@@ -1,147 +1,74 @@
-"""PSNR, SSIM and the Fréchet distance against torchmetrics, scikit-image, clean-fid and torch-fidelity; one thread."""
+"""Metrics against peers, in one process on one thread: python tests/perf/metrics.py [--quick]."""
 
+import io
+import os
 import warnings
-from collections.abc import Callable
 
-import numpy as np
-from measure import Row, side_by_side, write
+import distances
+import networks
+import pictures
+from measure import Row, save, write
+
+PEERS = ["torch-fidelity", "torchmetrics", "clean-fid", "pytorch-fid", "scikit-image", "piq", "prdc", "lpips"]
+ABOUT = (
+    "One process, one thread; we and the peers take turns on the same input, and the least CPU seconds of the rounds "
+    "count. Features are synthetic, networks have random weights; the input is made before the clock runs. A number as "
+    "goal is the least ratio peer / ours."
+)
 
 
 def main() -> None:
     import torch
+    from threadpoolctl import threadpool_limits
 
-    torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # peers warn of what their own versions deprecate
-    write("metrics", "Metrics against peers", [*pixels(), *frechet()])
-
-
-def pixels() -> list[Row]:
-    """uint8 pictures, 16 x 3 x 256 x 256; who wants another form converts by the clock, but for the order of axes."""
-    import torch
-    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-    from torchmetrics.functional.image import (
-        peak_signal_noise_ratio as tm_psnr,
-    )
-    from torchmetrics.functional.image import (
-        structural_similarity_index_measure as tm_ssim,
-    )
-
-    from bench.metrics.pixel import psnr
-    from bench.metrics.ssim import ssim
-
-    rng = np.random.default_rng(0)
-    smooth = rng.normal(size=(16, 3, 256, 256)).cumsum(2).cumsum(3)
-    x = np.clip((smooth - smooth.min()) / np.ptp(smooth) * 255, 0, 255).astype(np.uint8)
-    y = np.clip(x + rng.normal(0, 8, x.shape), 0, 255).astype(np.uint8)
-    tx, ty = torch.from_numpy(x), torch.from_numpy(y)
-    last = [(a.transpose(1, 2, 0).copy(), b.transpose(1, 2, 0).copy()) for a, b in zip(x, y, strict=True)]
-    wang = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that measure memory
     found = []
-    for what, calls, goal in (
-        (
-            "PSNR, 16 pictures of 256 px",
-            {
-                "": lambda: psnr(tx, ty),
-                "torchmetrics": lambda: tm_psnr(tx.float(), ty.float(), 255.0, reduction="none", dim=(1, 2, 3)),
-                "scikit-image": lambda: [peak_signal_noise_ratio(a, b, data_range=255) for a, b in last],
-            },
-            "",
-        ),
-        (
-            "SSIM gauss11, 16 pictures of 256 px",
-            {
-                "": lambda: ssim(tx, ty),
-                "torchmetrics": lambda: tm_ssim(tx.float(), ty.float(), data_range=255.0, reduction="none"),
-                "scikit-image": lambda: [structural_similarity(a, b, channel_axis=2, **wang) for a, b in last],
-            },
-            "2.7x the fastest",
-        ),
-        (
-            "SSIM uniform7, 16 pictures of 256 px",
-            {
-                "": lambda: ssim(tx, ty, "uniform7"),
-                "scikit-image": lambda: [structural_similarity(a, b, channel_axis=2, data_range=255) for a, b in last],
-            },
-            "2.2x",
-        ),
-    ):
-        found += rows(what, calls, 7, goal)
-    return found
+    with threadpool_limits(1):
+        for module in (pictures, distances, networks):
+            for race in module.RACES:
+                found += race.run(module.__name__)
+        found += networks.imports()
+    write("metrics", "Metrics against peers", found, ABOUT, PEERS)
+    save("metrics.svg", figure(found))
 
 
-def frechet() -> list[Row]:
-    """Two Gaussians in 2,048 dimensions, and 500 rows against 500 (fewer rows than dimensions)."""
-    import torch
-    from cleanfid.fid import frechet_distance as clean
-    from torch_fidelity.metric_fid import fid_statistics_to_metric
-    from torchmetrics.image.fid import _compute_fid
+def figure(rows: list[Row]) -> bytes:
+    """Every ratio on one logarithmic axis: a bar from 1, a mark where the goal is."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    from bench.metrics.frechet import Moments, frechet_distance, frechet_from_features
-
-    rng = np.random.default_rng(0)
-    dim = 2048
-    scale = np.linspace(0.1, 2, dim)
-    a, b = (rng.normal(shift, scale, size=(3 * dim, dim)) for shift in (0, 0.1))
-    stats = [(features.mean(0), np.cov(features, rowvar=False)) for features in (a, b)]
-    (m1, c1), (m2, c2) = stats
-    tensors = [torch.from_numpy(v) for v in (m1, c1, m2, c2)]
-    sides = [{"mu": m, "sigma": c} for m, c in stats]
-    found = rows(
-        "Fréchet, d = 2,048",
-        {
-            "": lambda: frechet_distance(m1, c1, m2, c2),
-            "torchmetrics": lambda: _compute_fid(*tensors),
-            "torch-fidelity": lambda: fid_statistics_to_metric(*sides, False),
-            "clean-fid": lambda: clean(m1, c1, m2, c2),
-        },
-        1,
-        "2.3x torch-fidelity, 7.5x clean-fid",
-    )
-    few, other = a[:500], b[:500]
-    found += rows(
-        "Fréchet from features, n = 500, d = 2,048",
-        {
-            "": lambda: frechet_from_features(few, other),
-            "torchmetrics": lambda: _compute_fid(
-                torch.from_numpy(few.mean(0)),
-                torch.from_numpy(np.cov(few, rowvar=False)),
-                torch.from_numpy(other.mean(0)),
-                torch.from_numpy(np.cov(other, rowvar=False)),
-            ),
-        },
-        1,
-        "30x",
-    )
-    batches = np.array_split(a.astype(np.float32), len(a) // 64)
-
-    def ours() -> None:
-        moments = Moments(dim)
-        for batch in batches:
-            moments.update(batch)
-        moments.covariance()
-
-    return found + rows(
-        "moments of 6,144 x 2,048 in batches of 64",
-        {"": ours, "clean-fid": lambda: np.cov(np.concatenate(batches), rowvar=False)},
-        1,
-        note="clean-fid keeps all features, then numpy.cov",
-    )
-
-
-def rows(what: str, calls: dict[str, Callable[[], object]], repeats: int, goal: str = "", note: str = "") -> list[Row]:
-    """One row per peer; `""` is ours. A peer that fails with this environment is named as failed."""
-    working = {}
-    failed = {}
-    for name, call in calls.items():
-        try:
-            call()
-            working[name] = call
-        except (TypeError, ValueError, AttributeError, RuntimeError) as e:
-            failed[name] = f"{type(e).__name__}: {e}".splitlines()[0][:80]
-    spent = side_by_side(working, repeats)
-    return [
-        Row(what, name, spent[""], spent.get(name), "CPU s", goal, failed.get(name, note)) for name in calls if name
-    ]
+    rows = [row for row in rows if row.ratio][::-1]
+    with matplotlib.rc_context({"svg.hashsalt": "perf", "svg.fonttype": "none"}):
+        plot = Figure(figsize=(9, 0.24 * len(rows) + 0.9), layout="constrained")
+        axes = plot.add_subplot()
+        for i, row in enumerate(rows):
+            missed = row.met is False
+            axes.barh(i, row.ratio - 1, left=1, height=0.7, color="#b5533c" if missed else "#4a7a8c")
+            axes.annotate(
+                f"{row.ratio:.3g}",
+                (max(row.ratio, 1), i),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                size=7,
+            )
+            if not isinstance(row.goal, str):
+                axes.plot([row.goal, row.goal], [i - 0.45, i + 0.45], color="black", linewidth=1.6)
+        axes.set_xscale("log")
+        axes.set_xlim(min(0.5, *(row.ratio * 0.8 for row in rows)), max(row.ratio for row in rows) * 2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_yticks(range(len(rows)), [f"{row.what} — {row.peer}" for row in rows], size=7)
+        axes.set_ylim(-0.7, len(rows) - 0.3)
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_xlabel("peer / ours (black marks: goals; red: a goal missed)")
+        axes.spines[["top", "right"]].set_visible(False)
+        out = io.BytesIO()
+        plot.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
 
 
 if __name__ == "__main__":
