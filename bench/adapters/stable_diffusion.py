@@ -152,10 +152,11 @@ class StableDiffusion:
         With embeddings, ids only say where the end is, which decides what is pooled.
         """
         hook = None
-        if (
-            embeddings is not None
-        ):  # current releases of transformers take no embeddings; older ones take them elsewhere
+        if embeddings is not None:  # CLIPTextModel takes none itself
             layer = self.text_encoder.get_input_embeddings()
+            if embeddings.shape != (*ids.shape, layer.embedding_dim):
+                shapes = f"{list(embeddings.shape)} for ids {list(ids.shape)}"
+                raise Error(f"stable-diffusion: embeddings {shapes} and {layer.embedding_dim} numbers a token")
             hook = layer.register_forward_hook(lambda module, inputs, output: embeddings.to(output))
         try:
             found = self.text_encoder(input_ids=ids.to(self.device))
