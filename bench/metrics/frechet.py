@@ -315,6 +315,8 @@ def frechet_differences(a: Sets, b: Sets) -> dict[str, Estimate]:
     """b - a as `bench.metrics.sets.SetMetric.difference` wants it: plug-in as "", and "corrected" with an interval."""
     if a.generated.shape != b.generated.shape or not np.array_equal(a.reference, b.reference):
         raise Error("a paired difference needs matched rows and one reference")
+    if (*a.generated_clusters, *a.reference_clusters) != (*b.generated_clusters, *b.reference_clusters):
+        raise Error("a paired difference needs the same clusters on both sides")
     if min(len(a.generated), len(a.reference)) <= a.generated.shape[1]:
         raise Error(f"rank-deficient: {len(a.generated)} rows, d = {a.generated.shape[1]} dimensions")
     found = _difference(a, b)

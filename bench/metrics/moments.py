@@ -98,13 +98,14 @@ class Moments:
     def covariance(self, biased: bool = False) -> np.ndarray:
         """float64 [dim, dim], over n - 1; `biased` divides by n, as StyleGAN-V's and cd-fvd's FVD do."""
         self._need(2)
-        found = np.tril(self._second) - np.outer(self._sum, self._sum) / self.n
-        found /= self.n if biased else self.n - 1
-        for start in range(0, self.dim, STRIP):  # the lower triangle onto the upper one
+        found = np.tril(self._second).astype(np.float64, copy=False)
+        for start in range(0, self.dim, STRIP):
             stop = start + STRIP
+            found[start:stop, :stop] -= np.outer(self._sum[start:stop] / self.n, self._sum[:stop])
             corner = found[start:stop, start:stop]
             found[start:stop, start:stop] = np.tril(corner) + np.tril(corner, -1).T
-            found[start:stop, stop:] = found[stop:, start:stop].T
+            found[:start, start:stop] = found[start:stop, :start].T  # onto the upper triangle
+        found /= self.n if biased else self.n - 1
         return found
 
     def expect(self, ids: Iterable[str]) -> None:
