@@ -235,7 +235,7 @@ def test_nonsense_is_reproducible_and_of_its_kind():
 
 
 def test_half_a_shape_covers_about_half_of_it():
-    whole = world.sample(200, 5 ^ (training.NONSENSE.index("half") + 1), held_out="any")[:100]
+    whole = world.sample(200, 5 ^ (list(training.NONSENSE).index("half") + 1), held_out="any")[:100]
     halves = training.nonsense("half", 100, 5).astype(float)
     drawn = world.draw(whole).astype(float)
     left = []

@@ -18,7 +18,8 @@ from suites.generation import tokenizer as tokens
 
 DIM = 64  # of the space that pictures and captions share
 TOKENS = 24  # of the longest caption that the text tower takes
-NONSENSE = ("empty", "blob", "noise", "mixture", "half")  # kinds of pictures that show no shape, or not one
+# Kinds of pictures that show no shape, or not one, and their shares in training: what is hard comes more often.
+NONSENSE = {"empty": 0.08, "blob": 0.2, "noise": 0.08, "mixture": 0.4, "half": 0.24}
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,10 @@ class MiniClassifier(Recipe):
     name: ClassVar[str] = "mini-classifier"
     version: ClassVar[int] = 1
 
-    steps: int = 1500
+    steps: int = 1700
     batch: int = 128
     pictures: int = 20000  # drawn once, degraded anew at each step
-    nonsense: int = 6000
+    nonsense: int = 12000
     lr: float = 3e-3
 
     def __post_init__(self):
@@ -279,8 +280,8 @@ def examples(num_pictures: int, num_nonsense: int, seed: int):
     for column, (name, values) in enumerate(judges.HEADS.items()):
         labels[:num_pictures, column] = [values.index(getattr(p, name)) for p in pictures]
     labels[num_pictures:, list(judges.HEADS).index("shape")] = judges.HEADS["shape"].index(judges.NONE)
-    share = -(-num_nonsense // len(NONSENSE))
-    others = np.concatenate([nonsense(kind, share, seed) for kind in NONSENSE])[:num_nonsense]
+    counts = np.diff(np.rint(num_nonsense * np.cumsum([0, *NONSENSE.values()])).astype(int)).tolist()
+    others = np.concatenate([nonsense(kind, n, seed) for kind, n in zip(NONSENSE, counts, strict=True)])
     return to_tensor(np.concatenate([world.draw(pictures), others])), torch.from_numpy(labels)
 
 
@@ -290,8 +291,9 @@ def nonsense(kind: str, n: int, seed: int) -> np.ndarray:
     "empty" backgrounds, irregular or blurred "blob"s, "noise" from fine to coarse, a "mixture" of two pictures with
     different shapes (laid over each other, or side by side), and "half" a shape, cut through the middle.
     """
-    rng = np.random.default_rng([seed, NONSENSE.index(kind)])
-    some = world.sample(2 * n, seed ^ (NONSENSE.index(kind) + 1), held_out="any")
+    number = list(NONSENSE).index(kind)
+    rng = np.random.default_rng([seed, number])
+    some = world.sample(2 * n, seed ^ (number + 1), held_out="any")
     pictures, others = some[:n], some[n:]
     backdrop = np.array([p.backdrop for p in pictures], dtype=np.float32)[:, None, None]
     foreground = np.array([p.foreground for p in pictures], dtype=np.float32)[:, None, None]
