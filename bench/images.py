@@ -121,7 +121,7 @@ def _decode(Image, data: bytes, name: str) -> np.ndarray:
         if (pixels[..., 3] != 255).any():
             raise _transparent(name)
         return np.ascontiguousarray(pixels[..., :3])
-    return np.array(image.convert("RGB"))
+    return np.array(image if mode == "RGB" else image.convert("RGB"))  # converting RGB would copy it
 
 
 def _transparent(name: str) -> Error:
