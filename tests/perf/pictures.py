@@ -122,7 +122,7 @@ def resize(size: int) -> Calls:
     tensor = torch.from_numpy(image).permute(2, 0, 1)[None]
 
     return {
-        "": lambda: resized(tensor.float(), "clean", 299),
+        "": lambda: resized(tensor.contiguous().float(), "clean", 299),
         "clean-fid": lambda: clean_resizer()(image),
     }
 
@@ -184,7 +184,7 @@ def jpeg_to_network(size: int) -> Calls:
 
     path = file(size, "jpg")
     return {
-        "": lambda: resized(torch.from_numpy(read(path)).permute(2, 0, 1)[None].float(), "clean", 299),
+        "": lambda: resized(torch.from_numpy(read(path)).permute(2, 0, 1)[None].contiguous().float(), "clean", 299),
         "clean-fid": lambda: clean_resizer()(opened(path)),
     }
 
