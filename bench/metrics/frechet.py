@@ -343,7 +343,8 @@ def _with_interval(value: float, se: float, freedom: float, method: str, note: s
 class Frechet(SetMetric):
     """Fréchet distance between two sets of pictures: plug-in and, as `corrected`, without its bias and with its error.
 
-    `fid` is the name for Inception alone. With no more rows than dimensions the plug-in alone is there, and says so.
+    `fid` is the name for Inception alone, `sfid` for its spatial features (Nash et al. 2021). With no more rows than
+    dimensions the plug-in alone is there, and says so.
     """
 
     covariance: str = "unbiased"  # of the plug-in; "biased" divides by n
@@ -354,7 +355,9 @@ class Frechet(SetMetric):
 
     @property
     def name(self) -> str:
-        return "fid" if self.extractor.startswith("inception") else f"frechet-{self.extractor}"
+        if not self.extractor.startswith("inception"):
+            return f"frechet-{self.extractor}"
+        return "sfid" if self.extractor.endswith("/spatial") else "fid"
 
     def estimates(self, sets):
         return frechet_estimates(sets, self.covariance)

@@ -24,6 +24,7 @@ class Protocol:
     departs: str = ""  # what the peer does and we do not
 
     frechet: str = ""  # extractor
+    spatial: str = ""  # a second one, for sFID
     covariance: Literal["unbiased", "biased"] = "unbiased"
     kid: str = ""
     kid_protocol: Literal["all-pairs", "subsets"] = "all-pairs"  # or torch-fidelity's 100 subsets of 1,000
@@ -45,7 +46,7 @@ class Protocol:
 
     def extractors(self) -> list[str]:
         """Every network that is asked for, once."""
-        named = (self.frechet, self.kid, self.prdc, self.cmmd, self.inception_score)
+        named = (self.frechet, self.spatial, self.kid, self.prdc, self.cmmd, self.inception_score)
         return list(dict.fromkeys(name for name in named if name))
 
 
@@ -102,8 +103,9 @@ PRESETS: dict[str, Protocol] = {
         Protocol(
             name="adm",
             source="openai/guided-diffusion, evaluations/evaluator.py",
-            departs="sFID is not reported; the peer's graph runs in TensorFlow, distances for precision in float16",
+            departs="the peer's graph runs in TensorFlow, its distances for precision in float16",
             frechet="inception-tf1",
+            spatial="inception-tf1/spatial",
             prdc="inception-tf1",
             k=3,
             radius="<=",

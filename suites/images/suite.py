@@ -62,7 +62,9 @@ class Images(Suite):
         sides = {"fake": "output", "real": "reference"}  # a batch holds one of them
         found: list[Metric] = []
         if p.frechet:
-            found.append(metrics.Frechet(extractor=p.frechet, **sides))
+            found.append(metrics.Frechet(extractor=p.frechet, covariance=p.covariance, **sides))
+        if p.spatial:
+            found.append(metrics.Frechet(extractor=p.spatial, covariance=p.covariance, **sides))
         if p.kid:
             found.append(metrics.KID(extractor=p.kid, protocol=p.kid_protocol, **sides))
         if p.cmmd:

@@ -459,7 +459,8 @@ def test_what_is_said_of_a_value_stands_on_the_page_and_outputs_in_the_gallery(t
 def test_every_protocol_names_its_source_and_differs():
     assert len({p.hash() for p in protocols.PRESETS.values()}) == len(protocols.PRESETS)
     for name, p in protocols.PRESETS.items():
-        assert p.source and Images(protocol=name).metrics, name
+        names = [metric.name for metric in Images(protocol=name).metrics]
+        assert p.source and len(set(names)) == len(names) > 1, name
 
 
 def test_the_definition_is_pinned():
@@ -475,6 +476,43 @@ def test_the_definition_is_pinned():
     assert protocols.get("clean").frechet == "inception-clean" and protocols.get("cmmd").extractors() == [
         "clip-vitl14-336"
     ]
+
+
+FID = {"fid", "fid.corrected"}
+SCORE = {"inception-score-inception-tf1", "inception-score-inception-tf1.corrected"}
+NEIGHBOURS = {f"prdc-inception-tf1.{part}" for part in ("precision", "recall", "density", "coverage")}
+
+
+@pytest.mark.parametrize(
+    "protocol, expected",
+    [
+        ("clean", FID | {"kid-inception-clean"}),
+        ("legacy-tf", FID),
+        ("torch-fidelity", FID | SCORE | NEIGHBOURS | {"kid-inception-tf1"}),
+        ("adm", FID | SCORE | NEIGHBOURS | {"sfid", "sfid.corrected"}),
+    ],
+)
+def test_published_protocols_run_on_one_pass_of_inception(folders, tmp_path, monkeypatch, protocol, expected):
+    """With block means in the place of the network, whose weights are not here: every score, one pass."""
+    import torch
+
+    from bench.metrics import extractors
+    from bench.worker import WorkerContext
+
+    passed = []
+
+    def forward(levels):
+        passed.append(len(levels))
+        means = torch.nn.functional.adaptive_avg_pool2d(levels, 4).flatten(1) / 255
+        return {"": means[:, :32], "spatial": means[:, 16:], "logits": 5 * means[:, :10]}
+
+    stub = extractors.Network("inception", "stub@0", {"": 32, "spatial": 32, "logits": 10}, forward, "cpu")
+    monkeypatch.setattr(extractors, "inception", lambda *_: stub)
+    monkeypatch.setattr(WorkerContext, "weights", lambda self, name: tmp_path / name)
+    found = by_name(score(folders / "sharp", folders / "ref", tmp_path / ".bench", fields={"protocol": protocol}))
+    assert {name for name in found if not name.startswith("pictures.")} == expected
+    assert all(s.complete for s in found.values()) and found["fid"].value > 0
+    assert N + M <= sum(passed) <= N + M + 40  # tails are filled up
 
 
 @pytest.mark.parametrize(
