@@ -436,7 +436,8 @@ def openable() -> list:
         parameters = inspect.signature(registry.find("adapters", name)).parameters.values()
         needed = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
         if not needed:
-            made.append((name, {}))
+            few = {"steps": 4} if any(p.name == "steps" for p in parameters) else {}  # enough for what is tried
+            made.append((name, few))
         elif name == "vae":
             made += [(name, {"weights": w}) for w in embedded if class_of(w) in IMAGE_CLASSES]
     return made
