@@ -23,7 +23,7 @@ class FolderOfImages:
     model for these prompts: of several pictures of one prompt, the seed says which. The identity is that of the files:
     another picture, or another name, is another model.
 
-    Raises UsageError where the folder is missing or holds no picture, and Error for links and for a CSV that names
+    Raises UsageError where there is no such folder, and Error where it holds no picture or a link, or the CSV names
     what is not there.
     """
 
@@ -33,7 +33,7 @@ class FolderOfImages:
             raise UsageError(f"path = {path} is not a folder", hint="-m path=FOLDER names a folder of pictures")
         self._names = images.files(self.folder)
         if not self._names:
-            raise UsageError(f"{path} holds no pictures", hint=f"looked for {', '.join(images.SUFFIXES)}")
+            raise Error(f"{path} holds no pictures", hint=f"looked for {', '.join(images.SUFFIXES)}")
         self._known = frozenset(self._names)
         links = [name for name in self._names if (self.folder / name).is_symlink()]
         if links:

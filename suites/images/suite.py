@@ -17,7 +17,6 @@ from bench.types import Data, Error, Estimate, Score, Table, Unit, UsageError
 from suites.images import flags, protocols
 
 SMALLEST = 64  # px, side that the embedded network needs
-PER_UNIT = 64  # pictures
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Images(Suite):
     protocol: str = "embedded"  # which numbers on which features, as in `suites.images.protocols`
     size: int | None = None  # px, of the squares that both sets are brought to; none: as stored, networks resize
     resize: str = "adm"  # how, where a size is given: a name of `bench.images.RESIZES`
-    chunk: int = PER_UNIT  # pictures per unit: what a crash can cost
+    chunk: int = 64  # pictures per unit: what a crash can cost
 
     name = "images"
     version = 1

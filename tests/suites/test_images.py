@@ -478,6 +478,20 @@ def test_the_definition_is_pinned():
     ]
 
 
+def test_the_board_asks_for_scores_that_there_are():
+    from pathlib import Path
+
+    from bench.report.board import read_board
+
+    named = set()
+    for protocol in protocols.PRESETS:
+        for metric in Images(protocol=protocol).metrics:
+            parts = getattr(metric, "parts", ("repeated", "repeated-reference", "shared"))
+            named |= {f"{metric.name}.{part}" if part else metric.name for part in parts}
+    board = read_board(Path(__file__).parents[2] / "reports" / "images.toml")
+    assert {c.metric for c in board.column} <= named
+
+
 FID = {"fid", "fid.corrected"}
 SCORE = {"inception-score-inception-tf1", "inception-score-inception-tf1.corrected"}
 NEIGHBOURS = {f"prdc-inception-tf1.{part}" for part in ("precision", "recall", "density", "coverage")}
@@ -541,7 +555,7 @@ def test_the_command_line_prints_every_distance_and_names_what_is_wrong(tmp_path
     done = command(tmp_path, *base, "-m", "path=own", "-p", "reference=image-folder:ref")
     assert done.code == 0 and "frechet-embedded" in done.out and "rank-deficient" in done.out, done.err
     for path, reference, code, says in (
-        ("empty", "ref", 2, "empty holds no pictures"),
+        ("empty", "ref", 1, "empty holds no pictures"),
         ("nowhere", "ref", 2, "nowhere is not a folder"),
         ("one", "ref", 1, "the generated set has one picture"),
         ("own", "one", 1, "the reference set has one picture"),
