@@ -58,6 +58,12 @@ def frechet_from_features(a: np.ndarray, b: np.ndarray, strict: bool = False, co
     return _floored(*_raw_from_features(a, b, strict, covariance))
 
 
+def check_covariance(name: str) -> None:
+    """Raises UsageError unless it names a way to normalise a covariance."""
+    if name not in COVARIANCES:
+        raise UsageError(f"covariance {name!r} is not one of {', '.join(COVARIANCES)}")
+
+
 class Corrected(NamedTuple):
     """A distance without its bias, and the standard error; `se` is None where rows are too few for it."""
 
@@ -166,7 +172,13 @@ def _of_blocks(moments: BlockMoments, slope: np.ndarray, projection: np.ndarray)
     return found - found.sum() * np.array([block.n for block in moments.blocks]) / moments.n
 
 
-def _sets(generated, reference, generated_clusters, reference_clusters, seed) -> Sets:
+def _sets(
+    generated: np.ndarray,
+    reference: np.ndarray,
+    generated_clusters: Sequence[str] | None,
+    reference_clusters: Sequence[str] | None,
+    seed: int,
+) -> Sets:
     generated, reference = check_pair(generated, reference)
     names = [
         [f"{side}/{i}" for i in range(len(rows))] if given is None else [str(c) for c in given]
@@ -250,8 +262,7 @@ def _difference(a: Sets, b: Sets) -> Difference:
 
 
 def _raw_from_features(a: np.ndarray, b: np.ndarray, strict: bool, covariance: str) -> tuple[float, float]:
-    if covariance not in COVARIANCES:
-        raise UsageError(f"covariance {covariance!r} is not one of {', '.join(COVARIANCES)}")
+    check_covariance(covariance)
     n, m, d = len(a), len(b), a.shape[1]
     shrink = [(size - 1) / size if covariance == "biased" else 1.0 for size in (n, m)]
     if min(n, m) > d:
@@ -344,7 +355,7 @@ class Frechet(SetMetric):
     """Fréchet distance between two sets of pictures: plug-in and, as `corrected`, without its bias and with its error.
 
     `fid` is the name for Inception alone, `sfid` for its spatial features (Nash et al. 2021). With no more rows than
-    dimensions the plug-in alone is there, and says so.
+    dimensions the plug-in alone is there, and says so. Raises UsageError for an unknown covariance.
     """
 
     covariance: str = "unbiased"  # of the plug-in; "biased" divides by n
@@ -352,6 +363,9 @@ class Frechet(SetMetric):
     version = 2
     parts = ("", "corrected")
     family = "frechet"
+
+    def __post_init__(self):
+        check_covariance(self.covariance)
 
     @property
     def name(self) -> str:

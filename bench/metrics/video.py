@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.metrics.frechet import frechet_differences, frechet_estimates, frechet_from_features
+from bench.metrics.frechet import check_covariance, frechet_differences, frechet_estimates, frechet_from_features
 from bench.metrics.sets import SetMetric
 from bench.types import Error, UsageError
 
@@ -41,7 +41,7 @@ class FVD(SetMetric):
     """Fréchet video distance between two sets of clips: plug-in and, as `corrected`, without its bias, with an error.
 
     Media are clips [B, 3, T, H, W]. `extractor` names a network of clips; its weights manifest says how frames reach
-    its size. Raises UsageError for frames or a stride below 1.
+    its size. Raises UsageError for frames or a stride below 1, and an unknown covariance.
     """
 
     extractor: str = "i3d-kinetics-400"
@@ -55,6 +55,7 @@ class FVD(SetMetric):
     family = "fvd"
 
     def __post_init__(self):
+        check_covariance(self.covariance)
         if self.frames < 1 or self.stride < 1:
             raise UsageError(f"frames = {self.frames} and stride = {self.stride} must be 1 or more")
 

@@ -19,7 +19,7 @@ from bench.metrics.frechet import (
 from bench.metrics.moments import BlockMoments, digest_of
 from bench.metrics.sets import Sets, matched_sets
 from bench.metrics.transport import gaussian_bias, general_bias, influence, transport
-from bench.types import Error, Table
+from bench.types import Error, Table, UsageError
 
 
 def test_influence_is_the_derivative():
@@ -328,7 +328,9 @@ def test_metric_of_pairs():
     assert found["corrected"].method == "half-split, influence-t" and found["corrected"].n == 400
     expected = "frechet-embedded|cov:unbiased|n:400|ref:self|net:net@1|resize:none|round|v:2"
     assert Frechet().signature(table(fake, real)) == expected
-    assert Frechet("inception-tf1").name == "fid"
+    assert (Frechet("inception-tf1").name, Frechet("inception-tf1/spatial").name) == ("fid", "sfid")
+    with pytest.raises(UsageError, match="covariance 'sample' is not one of unbiased, biased"):
+        Frechet(covariance="sample")
     part = table(fake, real).where("item", "3")
     assert Frechet().reduce(part)[""].value is None
 
