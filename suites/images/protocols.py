@@ -66,12 +66,12 @@ PRESETS: dict[str, Protocol] = {
         ),
         Protocol(
             name="world",
-            source="the classifier of the drawn world that comes with the harness; its Inception score is of shapes",
+            source="the judges of the drawn world that come with the harness; the Inception score is of its shapes",
             departs="no number here is comparable with a paper's; pictures are brought to 32 px",
             frechet="mini-classifier",
             kid="mini-classifier",
             prdc="mini-classifier",
-            cmmd="mini-classifier",
+            cmmd="mini-clip",
             inception_score="mini-classifier/logits",
         ),
         Protocol(
