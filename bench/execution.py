@@ -17,13 +17,13 @@ from bench import door, registry
 from bench.capabilities import PictureSet
 from bench.config import Arguments, How, bind, data_field, data_fields, markers
 from bench.engine import LocalEngine, Measure
-from bench.identity import digest, fingerprint
+from bench.identity import digest, fingerprint, without_copy
 from bench.store import Run, Store, dump_scores, run_id
 from bench.suite import Suite
 from bench.types import Error, Json, Model, Record, Score, Unit, UsageError, Weights
 from bench.worker import GENERATED, Work, open_model, parse_model, require, utc
 
-SAMPLE = 64  # items whose media a sample keeps
+SAMPLE = 64  # items whose media a sample keeps, of the model and of what all models share
 KEEP_ALL_BELOW = 2_000  # items
 PREFLIGHT_ABOVE = 50  # units
 FREE_BYTES = 100_000_000
@@ -102,8 +102,7 @@ def prepare(
         model_args = {k: _identified(v, k in arguments.weights, digests) for k, v in arguments.what.items()}
         suite_fields = _suite_fields(suite, manifests, digests)
     manifest, others = next(iter(manifests.values()), None), dict(list(manifests.items())[1:])
-    if manifest is not None:
-        _check_prefixes(manifest, [*others, *[GENERATED][: len(made)]])
+    _check_prefixes(manifest, (*others, GENERATED) if made else tuple(others))
     units = tuple(suite.units(manifest, *others.values(), *made))
     if manifest is None and not made and limit is not None:
         units = _first(units, limit)
@@ -392,9 +391,10 @@ def _first_by_hash(names: Sequence[str], limit: int | None) -> list[str]:
 
 def _check_prefixes(manifest: Any, prefixes: Sequence[str]) -> None:
     """Raises Error for an item that reads as one of another source."""
-    for id in manifest.ids() if prefixes else ():
-        if id.partition(":")[0] in prefixes and ":" in id:
-            raise Error(f"data {manifest.name}: item {id!r} reads as one of {id.partition(':')[0]}", hint="rename it")
+    for id in manifest.ids() if manifest is not None and prefixes else ():
+        source, colon, _ = id.partition(":")
+        if colon and source in prefixes:
+            raise Error(f"data {manifest.name}: item {id!r} reads as one of {source}", hint="rename it")
 
 
 def _suite_fields(suite: Suite, manifests: Mapping[str, Any], digests: Any) -> dict[str, Json]:
@@ -474,12 +474,15 @@ def _check_units(units: Sequence[Unit], name: str) -> None:
 
 def _kept(keep: str, plan: Plan) -> frozenset[str] | None:
     """The items whose media are kept; None for all."""
-    items = [i for u in plan.units for i in u.items]
-    if keep == "all" or (keep == "auto" and len(items) < KEEP_ALL_BELOW):
+    if keep == "all" or (keep == "auto" and sum(len(u.items) for u in plan.units) < KEEP_ALL_BELOW):
         return None
     if keep == "none":
         return frozenset()
-    return frozenset(sorted(items, key=lambda i: digest(["sample", i]))[:SAMPLE])
+    kept: set[str] = set()
+    for shared in (False, True):  # so that what the model made is among it, however large a reference is
+        items = [i for u in plan.units if u.shared == shared for i in u.items]
+        kept.update(sorted(items, key=lambda i: digest(["sample", without_copy(i)]))[:SAMPLE])  # copies stay together
+    return frozenset(kept)
 
 
 def _foreign(plan: Plan) -> bool:

@@ -38,6 +38,12 @@ def unit_key(spec_digest: str, unit_id: str, items: tuple[str, ...], params: Map
     return digest([spec_digest, unit_id, list(items), dict(params)])[:32]
 
 
+def without_copy(id: str) -> str:
+    """`id` of `id#k`, the k-th of several rows that come from one item; other names as they are."""
+    item, _, number = id.rpartition("#")
+    return item if item and number.isdecimal() else id
+
+
 def slug(text: str, limit: int = 40) -> str:
     """A name that is safe in a path: [a-z0-9._-], not starting with a dot. Different texts may share a slug."""
     text = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-.")

@@ -82,6 +82,9 @@ class Manifest:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, id: str) -> bool:
+        return id in self._entries
+
     def ids(self) -> tuple[str, ...]:
         """In manifest order. Raises Error with the next command where the manifest was never locked."""
         if not self.locked:

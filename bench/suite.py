@@ -105,7 +105,7 @@ class Suite(ABC):
 
         With several fields of type Data it takes one manifest for each, in their order; an item of any but the first
         is `field:id`. Where PictureSet is required, the names of the model's pictures follow, and an item is
-        `generated:name`.
+        `generated:name`. Several rows of one item of the first manifest are `id#0`, `id#1`, ...
         """
 
     @abstractmethod

@@ -20,7 +20,7 @@ from typing import Any
 from bench import door, registry
 from bench.capabilities import PictureSet, has, held
 from bench.config import How, bind, data_fields
-from bench.identity import canonical, digest, file_digest, seed_for, unit_key
+from bench.identity import canonical, digest, file_digest, seed_for, unit_key, without_copy
 from bench.pictures import batch_of, encode, extremes
 from bench.store import Store
 from bench.suite import Suite
@@ -223,6 +223,8 @@ class Worker:
             return self.others[source], name
         if source == GENERATED and PictureSet in self.suite.requires:
             return None, name
+        if self.manifest is not None and without_copy(id) != id and id not in self.manifest:
+            return self.manifest, without_copy(id)
         return self.manifest, id
 
     def read(self, id: str) -> Any:

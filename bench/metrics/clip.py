@@ -139,7 +139,12 @@ class CLIPScore:
         opened(self.extractor, ctx)
         texts_of(self.extractor, ctx)
 
+    def identity(self, ctx):
+        return opened(self.extractor, ctx).fingerprint
+
     def measure(self, media: Mapping[str, Any], ctx: Any):
+        if self.fake not in media:
+            return {}  # a batch of a reference, which has no prompts
         images = media[self.fake]
         prompts = self._prompts(media, len(images))
         asked = [i for i, prompt in enumerate(prompts) if prompt]
