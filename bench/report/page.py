@@ -117,8 +117,9 @@ def draw(found: Collection) -> dict[str, bytes]:
     note = (
         f"{board.title}. 95 % intervals. Models share a rank where the paired interval of their difference covers zero."
     )
-    for text, labels in _said(found).items():
-        note += f" {', '.join(labels)}: {text}."
+    for text, (labels, titles) in _said(found).items():
+        of = "" if len(labels) == len(found.rows) else f" of {', '.join(labels)}"
+        note += f" {', '.join(titles)}{of}: {text}."
     marked = {(r, c + 2) for r, c in bold}
     files[f"tables/{board.name}.md"] = tables.markdown(head, body, marked, note).encode()
     files[f"tables/{board.name}.tex"] = tables.latex(head, body, marked, note).encode()
@@ -243,26 +244,30 @@ def _html(
     style, script = ((here / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     # All that reaches the page unescaped: our own style and script, and drawings whose text was escaped on writing.
     trusted = {"style": Markup(style), "script": Markup(script), "svg": {d.name: Markup(d.inline) for d in drawings}}
-    return environment().get_template("page.html.jinja").render(
-        **trusted,
-        policy=policy(style, script),
-        board=found.board,
-        chips=_chips(found),
-        columns=_columns(found),
-        rows=_rows(found, places, bold),
-        ranked=found.board.rank is not None,
-        overall=_overall(found),
-        notes=[{"text": text, "labels": labels} for text, labels in _said(found).items()],
-        drawings=[{"name": d.name, "title": d.title, "note": d.note, "csv": data_url(d.csv)} for d in drawings],
-        slices=_slices(found),
-        apart=_apart(found),
-        published=_published(found.cited),
-        gallery=_gallery(found, tiles),
-        failures=[(f, entry) for f in _all_facts(found) for entry in f.failures],
-        protocol=_protocol(found),
-        scores_url=data_url(scores_csv),
-        lines=lambda text: mask(str(text)[:MOST_TRACE]).splitlines(),
-        gain=gallery.GAIN,
+    return (
+        environment()
+        .get_template("page.html.jinja")
+        .render(
+            **trusted,
+            policy=policy(style, script),
+            board=found.board,
+            chips=_chips(found),
+            columns=_columns(found),
+            rows=_rows(found, places, bold),
+            ranked=found.board.rank is not None,
+            overall=_overall(found),
+            notes=[{"text": text, "labels": labels} for text, (labels, _) in _said(found).items()],
+            drawings=[{"name": d.name, "title": d.title, "note": d.note, "csv": data_url(d.csv)} for d in drawings],
+            slices=_slices(found),
+            apart=_apart(found),
+            published=_published(found.cited),
+            gallery=_gallery(found, tiles),
+            failures=[(f, entry) for f in _all_facts(found) for entry in f.failures],
+            protocol=_protocol(found),
+            scores_url=data_url(scores_csv),
+            lines=lambda text: mask(str(text)[:MOST_TRACE]).splitlines(),
+            gain=gallery.GAIN,
+        )
     )
 
 
@@ -326,14 +331,15 @@ def _chips(found: Collection) -> list[str]:
     return chips
 
 
-def _said(found: Collection) -> dict[str, list[str]]:
-    """What is said of values of the table, and of which models; in the order in which it first stands there."""
-    said: dict[str, list[str]] = {}
+def _said(found: Collection) -> dict[str, tuple[list[str], list[str]]]:
+    """What is said of values of the table, of which models and columns; in the order in which it first stands there."""
+    said: dict[str, tuple[list[str], list[str]]] = {}
     for row in found.rows:
-        for cell in row.cells:
+        for column, cell in zip(found.board.column, row.cells, strict=True):
             for text in _remarks(cell):
-                if row.label not in said.setdefault(text, []):
-                    said[text].append(row.label)
+                for names, name in zip(said.setdefault(text, ([], [])), (row.label, column.title), strict=True):
+                    if name not in names:
+                        names.append(name)
     return said
 
 
