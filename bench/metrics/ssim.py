@@ -1,7 +1,7 @@
 """SSIM in the four flavours that papers mix up, and MS-SSIM; one number per picture.
 
-On a CPU the mean over an 8-bit picture is filtered in float32: within 3e-7 of float64 on photographs, and within 5e-6
-on noisy black and white. Everything else is float64.
+The mean over an 8-bit picture is filtered in float32: within 3e-7 of float64 on photographs, and within 5e-6 on noisy
+black and white. Everything else is float64.
 
 SSIM: Wang et al. 2004 (10.1109/TIP.2003.819861). MS-SSIM: Wang, Simoncelli and Bovik 2003 (10.1109/ACSSC.2003.1292216).
 """
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench.metrics.pixel import mean_of_rows, quantise, same_shape, withheld
+from bench.metrics.precision import full_precision
 from bench.types import Error, UsageError
 
 
@@ -150,10 +151,11 @@ def _means(x: Any, y: Any, shape: Flavour, data_range: float, with_contrast: boo
 
     batch, channels, height, width = x.shape
     totals = torch.zeros(2, batch * channels, dtype=torch.float64, device=x.device)
-    for _, _, values, contrast in _tiles(x, y, shape, data_range, with_contrast):
-        totals[0] += values.sum((0, 1, 3), dtype=torch.float64)
-        if with_contrast:
-            totals[1] += contrast.sum((0, 1, 3), dtype=torch.float64)
+    with full_precision():
+        for _, _, values, contrast in _tiles(x, y, shape, data_range, with_contrast):
+            totals[0] += values.sum((0, 1, 3), dtype=torch.float64)
+            if with_contrast:
+                totals[1] += contrast.sum((0, 1, 3), dtype=torch.float64)
     edge = shape.window - 1
     means = (totals / ((height - edge) * (width - edge))).reshape(2, batch, channels)
     return means[0], means[1] if with_contrast else None
@@ -173,8 +175,7 @@ def _tiles(x: Any, y: Any, shape: Flavour, data_range: float, with_contrast: boo
     planes = batch * channels
     x, y = (v.reshape(planes, height, width) for v in (x, y))
     edge = shape.window - 1
-    small = x.dtype == y.dtype == torch.uint8 and x.device.type == "cpu"
-    dtype = torch.float32 if small else torch.float64  # elsewhere float32 products may be TF32
+    dtype = torch.float32 if x.dtype == y.dtype == torch.uint8 else torch.float64
     band = torch.from_numpy(_band(shape.window)).to(x.device, dtype)
     n = shape.window**2 if shape.window == 7 else 1  # what the window's weights add up to
     factor = n / (n - 1) if shape.sample else 1.0
@@ -192,7 +193,7 @@ def _tiles(x: Any, y: Any, shape: Flavour, data_range: float, with_contrast: boo
             centre = maps[:, :2].mean((0, 3), keepdim=True).round_()  # levels stay whole numbers
             maps[:, :2].sub_(centre)
             torch.mul(maps[:, :2], maps[:, :2], out=maps[:, 2:])
-            down = _product(band[:rows, : rows + edge], maps.flatten(1)).reshape(rows * 4 * planes, columns + edge)
+            down = (band[:rows, : rows + edge] @ maps.flatten(1)).reshape(rows * 4 * planes, columns + edge)
             for offset, found in _across(down, band, columns, edge):
                 found = found.reshape(len(found), rows, 4, planes, found.shape[-1])
                 yield row, column + offset, *_windows(found, centre * n, n, c1, c2, with_contrast)
@@ -203,16 +204,9 @@ def _across(down: Any, band: Any, columns: int, edge: int):
     whole, rest = divmod(columns, TILE)
     if whole:
         tiles = down.as_strided((whole, len(down), TILE + edge), (TILE, columns + edge, 1))
-        yield 0, _product(tiles, band.T)
+        yield 0, tiles @ band.T
     if rest:
-        yield whole * TILE, _product(down[:, whole * TILE :], band[:rest, : rest + edge].T)[None]
-
-
-def _product(a: Any, b: Any) -> Any:
-    """a @ b; on a CPU by NumPy, since torch multiplies float32 as bfloat16 there if a model's code asked it to."""
-    import torch
-
-    return torch.from_numpy(np.matmul(a.numpy(), b.numpy())) if a.device.type == "cpu" else a @ b
+        yield whole * TILE, (down[:, whole * TILE :] @ band[:rest, : rest + edge].T)[None]
 
 
 def _windows(maps: Any, centre: Any, n: int, c1: float, c2: float, with_contrast: bool) -> tuple[Any, Any]:

@@ -47,18 +47,11 @@ def figure(rows: list[Row]) -> bytes:
         for i, row in enumerate(rows):
             missed = row.met is False
             axes.barh(i, row.ratio - 1, left=1, height=0.7, color="#b5533c" if missed else "#4a7a8c")
-            axes.annotate(
-                f"{row.ratio:.3g}",
-                (max(row.ratio, 1), i),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                size=7,
-            )
+            axes.text(1.01, i, f"{row.ratio:.3g}", transform=axes.get_yaxis_transform(), va="center", size=7)
             if not isinstance(row.goal, str):
                 axes.plot([row.goal, row.goal], [i - 0.45, i + 0.45], color="black", linewidth=1.6)
         axes.set_xscale("log")
-        axes.set_xlim(min(0.5, *(row.ratio * 0.8 for row in rows)), max(row.ratio for row in rows) * 2)
+        axes.set_xlim(min(0.5, *(row.ratio * 0.8 for row in rows)), max(row.ratio for row in rows) * 1.3)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_yticks(range(len(rows)), [f"{row.what} — {row.peer}" for row in rows], size=7)
