@@ -223,17 +223,18 @@ def test_very_long_texts_do_not_swell_the_page(tmp_path):
     check_page(html)
 
 
-def test_nothing_in_the_template_is_trusted_but_three_names():
-    """`|safe` stands nowhere; Markup is made in one place, of our style, our script and our drawings."""
+def test_nothing_in_the_templates_is_trusted_but_three_names():
+    """`|safe` stands nowhere; Markup is made once for each page, of our style, our script and our drawings."""
     from pathlib import Path
 
     import bench.report
 
     folder = Path(bench.report.__file__).parent
-    template = (folder / "page.html.jinja").read_text()
-    assert "safe" not in template and "autoescape" not in template
+    for page in folder.glob("*.jinja"):
+        template = page.read_text()
+        assert "safe" not in template and "autoescape" not in template
     code = "".join(p.read_text() for p in sorted(folder.glob("*.py")))
-    assert code.count("Markup(") == 3 and code.count("autoescape=True") == 1 and "StrictUndefined" in code
+    assert code.count("Markup(") == 5 and code.count("autoescape=True") == 1 and "StrictUndefined" in code
 
 
 # -- LaTeX

@@ -75,7 +75,7 @@ def test_nothing_else_travels(unpacked):
     assert not [p for p in unpacked.rglob("*") if p.name == "index.html" or "scores.csv" in p.name]
     metadata = Parser().parsestr((info / "METADATA").read_text())
     assert metadata["License-Expression"] == "Apache-2.0" and (info / "licenses/LICENSE").is_file()
-    assert (info / "entry_points.txt").read_text().count("[bench.") == 3
+    assert (info / "entry_points.txt").read_text().count("[bench.") == 4
 
 
 def test_constraints_are_names_and_numbers():
