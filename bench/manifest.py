@@ -145,7 +145,7 @@ class Manifest:
         if limit >= len(self):
             return self
         chosen = set(sorted(self._entries, key=lambda id: digest(["subset", id]))[:limit])
-        entries = {id: entry for id, entry in self._entries.items() if id in chosen}
+        entries = {id: self._entries[id] for id in self._entries if id in chosen}
         found = f"sha256:{digest([self.digest, list(entries)])}"
         part = Manifest(self.name, self._header, entries, found, self._drawn)
         part.digests = self.digests

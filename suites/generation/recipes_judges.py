@@ -281,7 +281,7 @@ def examples(num_pictures: int, num_nonsense: int, seed: int):
         labels[:num_pictures, column] = [values.index(getattr(p, name)) for p in pictures]
     labels[num_pictures:, list(judges.HEADS).index("shape")] = judges.HEADS["shape"].index(judges.NONE)
     counts = np.diff(np.rint(num_nonsense * np.cumsum([0, *NONSENSE.values()])).astype(int)).tolist()
-    others = np.concatenate([nonsense(kind, n, seed) for kind, n in zip(NONSENSE, counts, strict=True)])
+    others = np.concatenate([nonsense(kind, n, seed) for kind, n in zip(NONSENSE, counts, strict=True) if n])
     return to_tensor(np.concatenate([world.draw(pictures), others])), torch.from_numpy(labels)
 
 
