@@ -138,11 +138,10 @@ def _reflected(x: Any, edge: int) -> Any:
     """The picture with `edge` mirrored rows and columns on each side, the border itself not repeated; any dtype."""
     import torch
 
-    def mirrored(size: int) -> Any:
-        index = torch.arange(-edge, size + edge, device=x.device).abs()
-        return torch.where(index < size, index, 2 * (size - 1) - index)
-
-    return x[..., mirrored(x.shape[-2]), :][..., mirrored(x.shape[-1])]
+    for axis in (-1, -2):
+        first, last = x.narrow(axis, 1, edge), x.narrow(axis, x.shape[axis] - 1 - edge, edge)
+        x = torch.cat([first.flip(axis), x, last.flip(axis)], axis)
+    return x
 
 
 def _means(x: Any, y: Any, shape: Flavour, data_range: float, with_contrast: bool = False) -> tuple[Any, Any]:
