@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -163,7 +164,7 @@ def sample(
     `held_out` says what becomes of the compositions in HELD_OUT. Shapes are equally frequent. Raises UsageError where
     skews contradict each other, or leave nothing to draw.
     """
-    tables = [distribution(shape, skew, held_out) for shape in SHAPES]
+    tables = _distributions(tuple(skew or ()), held_out)
     bits = np.random.Philox(key=seed, counter=first * UNIFORMS // 4)
     u = np.random.Generator(bits).random((n, UNIFORMS))
     shape = (u[:, 0] * len(SHAPES)).astype(np.int64)
@@ -183,6 +184,12 @@ def sample(
     columns += [list(map(tuple, np.clip(c, 0, 1).tolist())) for c in (foreground, backdrop)]
     columns += [list(map(tuple, u[:, 14:16].tolist()))]
     return [Picture(*values) for values in zip(*columns, strict=True)]
+
+
+@cache
+def _distributions(skew: tuple[Skew, ...], held_out: HeldOut) -> list[dict[str, np.ndarray]]:
+    """Of every shape, for pictures that are asked for one by one; to be read only."""
+    return [distribution(shape, skew, held_out) for shape in SHAPES]
 
 
 def distribution(shape: str, skew: Sequence[Skew] | None = None, held_out: HeldOut = "any") -> dict[str, np.ndarray]:

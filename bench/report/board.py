@@ -12,7 +12,12 @@ from bench.text import closest
 from bench.types import Error, UsageError
 
 LIMIT = 16 << 20  # bytes; a board is a page long
-KINDS = ("scatter", "profile", "forest")
+KINDS = {  # what each kind of figure needs
+    "scatter": ("x", "y"),
+    "profile": ("metric",),
+    "forest": ("metric",),
+    "tradeoff": ("y", "vary"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,8 @@ class Column:
 @dataclass(frozen=True)
 class Plot:
     """One figure. scatter: y over x, both with intervals; models of one family (labels but for a last number) are
-    joined. profile: the scores `metric.<suffix>` over their suffixes. forest: one metric, model by model."""
+    joined. profile: the scores `metric.<suffix>` over their suffixes. forest: one metric, model by model. tradeoff: y
+    over x, or over `vary` where x is left out; models that differ in their argument `vary` alone are joined."""
 
     kind: str
     suite: str
@@ -54,6 +60,7 @@ class Plot:
     x: str = ""
     y: str = ""
     metric: str = ""
+    vary: str = ""  # an argument of the models, a number
     note: str = ""
 
 
@@ -110,7 +117,7 @@ def read_board(path: Path) -> Board:
     for plot in board.figure:
         if plot.kind not in KINDS:
             raise Error(f"{path}: figure kind {plot.kind!r}", hint=closest(plot.kind, KINDS))
-        needs = ("x", "y") if plot.kind == "scatter" else ("metric",)
+        needs = KINDS[plot.kind]
         for name in needs:
             if not getattr(plot, name):
                 raise Error(

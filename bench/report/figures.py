@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 from bench.report.board import Plot
 from bench.report.collect import Cell, Collection
+from bench.report.rank import Differences
 
 # Sentinels that the page replaces by its own colours, so that one drawing serves light and dark.
 INK, MUTED, LINE, PAPER = "#1b1f24", "#667080", "#d5dae1", "#ffffff"
@@ -57,11 +58,11 @@ def family(label: str) -> str:
     return shorter or label
 
 
-def draw_all(found: Collection, order: Sequence[str]) -> list[Drawing]:
+def draw_all(found: Collection, order: Sequence[str], differences: Differences) -> list[Drawing]:
     """Every figure of the board that has something to show. `order` lists the row labels, best first."""
     drawings = []
     for i, plot in enumerate(found.board.figure, 1):
-        rows, size, paint = KINDS[plot.kind](plot, found, order)
+        rows, size, paint = KINDS[plot.kind](plot, found, order, differences)
         if rows:
             name = f"{i:02d}-{re.sub(r'[^a-z0-9]+', '-', plot.title.lower()).strip('-')[:50] or plot.kind}"
             drawings.append(render(name, plot.title, plot.note, rows, size, paint))
@@ -190,6 +191,8 @@ def _presentation(style: str) -> dict[str, str]:
 
 # -- what is drawn
 
+Painted = tuple[list, tuple[float, float], Callable]  # rows for the CSV, inches, what paints on axes
+
 
 def _cells(found: Collection, suite: str, metric: str) -> dict[str, Cell]:
     """Label of a row -> its score of a metric over all items, under the protocol and signature of the columns."""
@@ -245,7 +248,7 @@ def palette(labels: Sequence[str]) -> dict[str, tuple[str, str]]:
     }
 
 
-def _scatter(plot: Plot, found: Collection, order: Sequence[str]) -> tuple[list, tuple[float, float], Callable]:
+def _scatter(plot: Plot, found: Collection, order: Sequence[str], differences: Differences) -> Painted:
     xs, ys = _cells(found, plot.suite, plot.x), _cells(found, plot.suite, plot.y)
     labels = sorted((k for k in xs if k in ys), key=lambda k: (family(k), xs[k].score.value, k))
     rows = [_row(k, xs[k], ys[k]) for k in labels]
@@ -267,14 +270,7 @@ def _scatter(plot: Plot, found: Collection, order: Sequence[str]) -> tuple[list,
             spans = [list(zip(*(_span(v[k]) for k in members), strict=True)) for v in (xs, ys)]
             _points(axes, x, y, colour, marker, xerr=spans[0], yerr=spans[1])
             tags.append((x[-1], y[-1], name if len(members) > 1 else members[0], colour))
-        values = [xs[k].score.value for k in labels]
-        if min(values) > 0 and max(values) / min(values) > 8:
-            axes.set_xscale("log")
-            from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
+        _log_where_wide(axes, [xs[k].score.value for k in labels])
         axes.set_xlabel(_axis(xs[labels[0]], found))
         axes.set_ylabel(_axis(ys[labels[0]], found))
         axes.margins(x=0.06, y=0.08)
@@ -283,7 +279,7 @@ def _scatter(plot: Plot, found: Collection, order: Sequence[str]) -> tuple[list,
     return rows, (6.4, 4.2), paint
 
 
-def _profile(plot: Plot, found: Collection, order: Sequence[str]) -> tuple[list, tuple[float, float], Callable]:
+def _profile(plot: Plot, found: Collection, order: Sequence[str], differences: Differences) -> Painted:
     from bench.text import plain
 
     prefix = plot.metric + "."
@@ -333,7 +329,7 @@ def _profile(plot: Plot, found: Collection, order: Sequence[str]) -> tuple[list,
     return rows, (6.4, 4.2), paint
 
 
-def _forest(plot: Plot, found: Collection, order: Sequence[str]) -> tuple[list, tuple[float, float], Callable]:
+def _forest(plot: Plot, found: Collection, order: Sequence[str], differences: Differences) -> Painted:
     cells = _cells(found, plot.suite, plot.metric)
     labels = list(cells)
     if labels:
@@ -357,7 +353,86 @@ def _forest(plot: Plot, found: Collection, order: Sequence[str]) -> tuple[list, 
     return [_row(k, cells[k]) for k in labels], (6.4, 0.9 + 0.24 * len(shown)), paint
 
 
-KINDS = {"scatter": _scatter, "profile": _profile, "forest": _forest}
+def _tradeoff(plot: Plot, found: Collection, order: Sequence[str], differences: Differences) -> Painted:
+    ys = _cells(found, plot.suite, plot.y)
+    xs = _cells(found, plot.suite, plot.x) if plot.x else ys
+    settings = {k: c.facts.adapter_args.get(plot.vary) for k, c in ys.items()}
+    numbers = {k: float(v) for k, v in settings.items() if type(v) in (int, float) and k in xs}
+    labels = sorted(numbers, key=lambda k: (_without(k, settings[k]), numbers[k], k))
+    best = _chosen(plot, differences, xs, ys, labels)
+    rows = [
+        {**_row(k, *([xs[k], ys[k]] if plot.x else [ys[k]])), plot.vary: numbers[k], "front": k in best} for k in labels
+    ]
+    groups: dict[str, list[str]] = {}
+    for k in labels:
+        groups.setdefault(_without(k, settings[k]), []).append(k)
+
+    def paint(axes: Any) -> None:
+        axes.grid(True)
+        tags = []
+        for i, (name, members) in enumerate(groups.items()):
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+            y = [ys[k].score.value for k in members]
+            x = [xs[k].score.value for k in members] if plot.x else [numbers[k] for k in members]
+            spans = [list(zip(*(_span(v[k]) for k in members), strict=True)) for v in (xs, ys)]
+            _points(axes, x, y, colour, marker, xerr=spans[0] if plot.x else None, yerr=spans[1])
+            front = [(a, b) for a, b, k in zip(x, y, members, strict=True) if k in best]
+            if front:
+                axes.scatter(*zip(*front, strict=True), s=110, facecolors="none", edgecolors=INK, linewidths=0.9)
+            for a, b, k in zip(x, y, members, strict=True) if plot.x else ():
+                axes.annotate(f"{numbers[k]:g}", (a, b), xytext=(0, -14), textcoords="offset points", color=MUTED,
+                              ha="center", va="center", fontsize=7.5)  # fmt: skip
+            tags.append((x[-1], y[-1], name, colour))
+        if not plot.x:
+            _log_where_wide(axes, [numbers[k] for k in labels])
+        first = labels[0]
+        axes.set_xlabel(_axis(xs[first], found) if plot.x else plot.vary)
+        axes.set_ylabel(_axis(ys[first], found))
+        axes.margins(x=0.08, y=0.12)
+        _tag(axes, tags, rise=5.0)
+
+    return rows, (6.4, 4.2), paint
+
+
+def _without(label: str, setting: Any) -> str:
+    """A model's label without the value of one of its arguments."""
+    parts = label.split("-")
+    return "-".join(p for p in parts if p != str(setting)) or label
+
+
+def _chosen(
+    plot: Plot, differences: Differences, xs: Mapping[str, Cell], ys: Mapping[str, Cell], labels: Sequence[str]
+) -> set[str]:
+    """What a circle marks: with two metrics the Pareto front, with one the best and what is not distinct from it."""
+    signs = [{"higher": 1, "lower": -1}.get(v[k].score.better, 0) for v in (xs, ys) for k in labels[:1]]
+    if 0 in signs or not labels:
+        return set()
+    values = {k: tuple(sign * v[k].score.value for sign, v in zip(signs, (xs, ys), strict=True)) for k in labels}
+    if plot.x:
+        return {labels[i] for i in pareto([values[k] for k in labels])}
+    best = max(labels, key=lambda k: values[k])
+    tied = {k for k in labels if k != best and not differences.distinct(f"{plot.suite}:{plot.y}", ys[best], ys[k])}
+    return {best, *tied}
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> set[int]:
+    """The points that no other one beats in one coordinate without losing in the other; larger is better."""
+    return {i for i, (x, y) in enumerate(points) if not any(a >= x and b >= y and (a > x or b > y) for a, b in points)}
+
+
+def _log_where_wide(axes: Any, values: Sequence[float]) -> None:
+    """Positive values that span more than a factor of eight are drawn over their logarithm."""
+    if not (min(values) > 0 and max(values) / min(values) > 8):
+        return
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+KINDS = {"scatter": _scatter, "profile": _profile, "forest": _forest, "tradeoff": _tradeoff}
 
 
 def _points(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from bench.identity import digest
+from bench.identity import digest, without_copy
 from bench.report.collect import Collection, Facts
 from bench.report.figures import family
 from bench.types import Error, Record
@@ -25,7 +25,8 @@ def tiles(found: Collection, runs: Sequence[str], items: int, kept: Mapping[str,
     """{run: {item: {"original", "output", "difference", "value"}}}, data URLs of JPEG thumbnails.
 
     `runs` are shown in their order; `kept` are the tiles of the page as it was, for runs that are not in the store.
-    Items are those that most of the runs kept, in the order of the hash of their id: no taste is involved.
+    Items are those that most of the runs kept, in the order of the hash of their id: no taste is involved. Several
+    pictures of one prompt (`id#0`, `id#1`, ...) stay together, and their tiles hold the prompt as "text".
     """
     shown = _various([r for r in runs if may_show(found.facts[r])], found.facts)
     if not shown or not items:
@@ -34,19 +35,38 @@ def tiles(found: Collection, runs: Sequence[str], items: int, kept: Mapping[str,
     available = {r: set(kept.get(r, {})) if m is None else set(m) for r, m in media.items()}
     shown = [r for r in shown if available[r]]
     everything = set().union(*(available[r] for r in shown)) if shown else set()
-    count = {i: sum(i in available[r] for r in shown) for i in everything}
-    chosen = sorted(everything, key=lambda i: (-count[i], digest(["gallery", i])))[
-        : min(items, MOST // max(1, len(shown)))
-    ]
+    chosen = _first_groups(everything, lambda i: sum(i in available[r] for r in shown), items, len(shown))
     result: dict[str, Any] = {}
     for r in shown:
         here = [i for i in chosen if i in available[r]]
         if media[r] is None:
             result[r] = {i: kept[r][i] for i in here}
         else:
-            store = found.runs[r].store
-            result[r] = {i: tile for i in here if (tile := _tile(store, media[r][i], found.facts[r].sensitive))}
+            store, sensitive = found.runs[r].store, found.facts[r].sensitive
+            drawn = {i: tile for i in here if (tile := _tile(store, media[r][i], sensitive))}
+            result[r] = {i: tile | said for i, said in _said(found.runs[r].records(), drawn) if (tile := drawn[i])}
     return result
+
+
+def _first_groups(items: Iterable[str], count: Callable[[str], int], most: int, models: int) -> list[str]:
+    """Items group by group, those of the highest count first, then by hash, as long as a whole group has room."""
+    groups: dict[str, list[str]] = {}
+    for item in sorted(items):
+        groups.setdefault(without_copy(item), []).append(item)
+    room, chosen = min(most, MOST // max(1, models)), []
+    for name in sorted(groups, key=lambda g: (-max(map(count, groups[g])), digest(["gallery", g]))):
+        if len(chosen) + len(groups[name]) > room:
+            break
+        chosen += groups[name]
+    return chosen
+
+
+def _said(records: Mapping[str, Record], items: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """(item, {"text": its prompt}) of some items; nothing where a picture was made from no prompt."""
+    prompts = {str(row["item"]): row.get("prompt") for record in records.values() for row in record.rows}
+    for item in items:
+        text = prompts.get(item)
+        yield item, {"text": text} if isinstance(text, str) else {}
 
 
 def _various(runs: Sequence[str], facts: Mapping[str, Facts]) -> list[str]:

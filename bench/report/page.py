@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import door
+from bench.identity import without_copy
 from bench.report import figures, gallery, rank, tables
 from bench.report.board import Board, Column, read_board
 from bench.report.collect import (
@@ -102,7 +103,7 @@ def draw(found: Collection) -> dict[str, bytes]:
     found.rows = [found.rows[i] for i in order]
     places = [places[i] for i in order]
     bold = _bold(found, differences)
-    drawings = figures.draw_all(found, [r.label for r in found.rows])
+    drawings = figures.draw_all(found, [r.label for r in found.rows], differences)
     runs = list(dict.fromkeys(c.score.run for row in found.rows for c in row.cells if c))
     tiles = gallery.tiles(found, runs, board.gallery.items, found.kept.get("tiles", {}))
     scores = sorted(found.scores, key=lambda s: s.run)  # stable: within a run as the suite gave them
@@ -572,7 +573,10 @@ def _gallery(found: Collection, tiles: Mapping[str, Any]) -> dict[str, Any]:
     items = list(dict.fromkeys(i for r in runs for i in tiles[r]))
     label = {c.score.run: row.label for row in found.rows for c in row.cells if c}
     withheld = sorted({label[r] for r in label if not gallery.may_show(found.facts[r])})
+    prompts = {without_copy(i): t["text"] for r in runs for i, t in tiles[r].items() if "text" in t}
     return {
+        "prompts": _prompts_by_seed(prompts, tiles),
+        "names": [label.get(r, r) for r in runs],
         "items": [
             {
                 "id": item,
@@ -586,12 +590,23 @@ def _gallery(found: Collection, tiles: Mapping[str, Any]) -> dict[str, Any]:
                 ],
             }
             for item in items
+            if without_copy(item) not in prompts
         ],
         "models": len(runs),
         "of": len(found.rows),
         "blurred": any(found.facts[r].sensitive for r in runs),
         "withheld": withheld,
     }
+
+
+def _prompts_by_seed(prompts: Mapping[str, str], tiles: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each prompt: for each model its pictures, one of each seed, "" where one is missing."""
+    rows = []
+    for name, text in prompts.items():
+        copies = sorted({i for shown in tiles.values() for i in shown if without_copy(i) == name})
+        drawn = [[shown.get(i, {}).get("output", "") for i in copies] for shown in tiles.values()]
+        rows.append({"text": text, "drawn": drawn})
+    return rows
 
 
 def _protocol(found: Collection) -> dict[str, Any]:
