@@ -41,6 +41,9 @@ ALL = [
     metrics.MSSSIM(),
     metrics.Frechet(),
     metrics.PairwiseFeatureDistance(),
+    metrics.KID(),
+    metrics.CMMD(),
+    metrics.PRDC(),
     metrics.BitsPerPixel(),
 ]
 
