@@ -1,6 +1,6 @@
 # make demo   every suite on the embedded models and pictures, ending in a report
 # make test   the tests; no network, no GPU
-# make perf   time and memory against peer libraries, as ratios, written to reports/perf/
+# make perf   time and memory against peer libraries, as ratios, written to reports/perf/; half an hour on quiet cores
 # make clean  remove build outputs and caches; .venv and results stay
 # A CPU-only torch that is already in .venv is kept. Another Python: make setup PYTHON=python3.12
 

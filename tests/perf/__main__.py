@@ -10,4 +10,4 @@ from measure import QUICK
 
 metrics.main()
 commands.main(20 if QUICK else 1000)
-overhead.main(*((16, 1) if QUICK else (2000, 3)))
+overhead.main(*((160, 1) if QUICK else (2000, 3)))

@@ -191,7 +191,7 @@ def imports() -> list[Row]:
             subprocess.run([sys.executable, "-c", statement], check=True, capture_output=True)
 
         try:
-            return processes(call, 1 if QUICK else 5)
+            return processes(call, 1 if QUICK else 3)
         except subprocess.CalledProcessError:
             return None
 
