@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from bench.recipe import Recipe
+
 
 @dataclass
 class Latents:
@@ -154,6 +156,20 @@ class VQAModel(Protocol):
     def answer(self, image: Tensor, question: str, choices: Sequence[str]) -> Answer: ...
 
 
+@runtime_checkable
+class Scalable(Protocol):
+    """Not one model but a design at any size: what it would train for a budget."""
+
+    def trainings(
+        self, budget: float, sizes: Sequence[float], cell: Mapping[str, int], data: Mapping[str, Any]
+    ) -> Sequence[Recipe]:
+        """For each of the sizes (parameters, rising) a recipe that spends `budget` training FLOPs, no size twice.
+
+        `cell` says what the network must fit: channels, side, vocabulary, text (tokens of the condition); `data` are
+        fields of the recipes. A recipe also has `facts(cell)`, with params, tokens and flops.
+        """
+
+
 CAPABILITIES: tuple[type, ...] = (
     TextToImage,
     ClassToImage,
@@ -163,6 +179,7 @@ CAPABILITIES: tuple[type, ...] = (
     DenoiserAccess,
     ChatModel,
     VQAModel,
+    Scalable,
 )
 
 

@@ -16,6 +16,7 @@ from bench.checks.autoencoders import autoencoder, video_autoencoder
 from bench.checks.denoiser import denoiser_access
 from bench.checks.generators import class_to_image, picture_set, text_to_image
 from bench.checks.report import Finding, Report
+from bench.checks.scalable import scalable
 from bench.checks.talk import chat_model, vqa_model
 
 TESTS: dict[str, Callable[[Any, Report], None]] = {
@@ -27,6 +28,7 @@ TESTS: dict[str, Callable[[Any, Report], None]] = {
     "DenoiserAccess": denoiser_access,
     "ChatModel": chat_model,
     "VQAModel": vqa_model,
+    "Scalable": scalable,
 }
 
 

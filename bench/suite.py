@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from bench.recipe import Recipe
+
 
 class Context(Protocol):
     """What `run` and `measure` may ask for. Images come decoded and checked; seeds have addresses."""
@@ -45,6 +47,10 @@ class Context(Protocol):
 
     def extractor(self, name: str) -> Mapping[str, Json]:
         """Its table `[extractor]`: which feature network the file is for, and what pictures that is fed."""
+
+    def train(self, unit: Unit, recipe: Recipe) -> Path:
+        """The folder that `bench train` would make of the recipe, with `recipe.json`; it goes on where a killed worker
+        stopped, and is removed with the unit's scratch folder."""
 
     def scratch(self, unit: Unit) -> Path:
         """A folder that survives failure and is removed after success."""

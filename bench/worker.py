@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -22,6 +22,7 @@ from bench.capabilities import PictureSet, has, held
 from bench.config import How, bind, data_fields
 from bench.identity import canonical, digest, file_digest, seed_for, unit_key, without_copy
 from bench.pictures import batch_of, encode, extremes
+from bench.recipe import Recipe
 from bench.store import Store
 from bench.suite import Suite
 from bench.text import secrets
@@ -324,6 +325,12 @@ class WorkerContext:
         from bench.manifest import extractor_table
 
         return extractor_table(name)
+
+    def train(self, unit: Unit, recipe: Recipe) -> Path:
+        from bench.train import train
+
+        root, device = self._worker.work.seed, self._worker.device
+        return train(recipe, self.scratch(unit) / recipe.name, spec=asdict(recipe), seed=root, device=device)
 
     def scratch(self, unit: Unit) -> Path:
         path = self._worker.store.root / "scratch" / self._worker.work.run_id / digest(unit.id)[:16]

@@ -83,17 +83,17 @@ def dit(
     ratio: float = 4.0,
     text_width: int = 0,
     swiglu: int = 0,
-    final_modulation: bool = True,
 ) -> Count:
     """FLOPs of one sample through a whole transformer: blocks, patch embedding, head, time MLP, text projection.
 
     Frozen encoders (autoencoder, text) are not counted. Integer arithmetic throughout.
     """
     each, attention = block(kind, n, m, d, ratio=ratio, text_width=text_width, swiglu=swiglu)
-    total = layers * each + embeddings(n, m, d, patch=patch, channels=channels, text_width=text_width)
+    projected = 0 if kind == "cross_attention" else text_width  # cross-attention reads the text at its own width
+    total = layers * each + embeddings(n, m, d, patch=patch, channels=channels, text_width=projected)
     if kind == "cross_attention":  # adaLN-single: one set of modulations for all layers
         total += 12 * d * d
-    if final_modulation and kind != "in_context":
+    if kind != "in_context":  # shift and scale before the head
         total += 4 * d * d
     return Count(total, layers * attention, n)
 
@@ -124,10 +124,82 @@ def params(
     raise ValueError(f"block {kind!r} is not one of {', '.join(KINDS)}")
 
 
+@dataclass(frozen=True)
+class Shape:
+    """All that decides the arithmetic of a transformer (suites/scaling/dit.py builds it): its size and its task.
+
+    `side` is that of the latents; `text` tokens of condition are ids below `vocabulary`, or vectors of `text_width`
+    where that is not 0. The switches are LightningDiT's parts (arXiv 2501.01423).
+    """
+
+    kind: str
+    width: int
+    layers: int
+    heads: int = 2
+    channels: int = 4
+    side: int = 8
+    patch: int = 2
+    text: int = 1
+    vocabulary: int = 64
+    text_width: int = 0
+    swiglu: bool = False
+    rms_norm: bool = False
+    rope: bool = False
+    qk_norm: bool = False
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"block {self.kind!r} is not one of {', '.join(KINDS)}")
+        least = ("width", "layers", "heads", "channels", "side", "patch", "text", "vocabulary")
+        if bad := [name for name in least if getattr(self, name) < 1]:
+            raise ValueError(f"{bad[0]} is {getattr(self, bad[0])}; it must be 1 or more")
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f"width {self.width} must be a multiple of 4 and of the {self.heads} heads")
+        if self.side % self.patch:
+            raise ValueError(f"side {self.side} is no multiple of the patch {self.patch}")
+        if self.rope and self.width // self.heads % 4:
+            raise ValueError(f"rotary positions need heads of a multiple of 4, not {self.width // self.heads}")
+
+    @property
+    def tokens(self) -> int:
+        """Of one picture."""
+        return (self.side // self.patch) ** 2
+
+    @property
+    def hidden(self) -> int:
+        """Width inside the MLP: 4 times the width, or two thirds of that with a gate (Shazeer 2020)."""
+        return int(2 / 3 * 4 * self.width) if self.swiglu else 4 * self.width
+
+    def count(self) -> Count:
+        """FLOPs of one picture."""
+        return dit(
+            self.kind,
+            self.tokens,
+            self.text,
+            self.width,
+            self.layers,
+            patch=self.patch,
+            channels=self.channels,
+            text_width=self.text_width,
+            swiglu=self.hidden if self.swiglu else 0,
+        )
+
+    def params(self) -> dict[str, int]:
+        """As `params`."""
+        swiglu = self.hidden if self.swiglu else 0
+        return params(self.kind, self.width, self.layers, text_width=self.text_width, swiglu=swiglu)
+
+
 def count(module: Any, *inputs: Any, backward: bool = False) -> int:
-    """What torch's counter sees of a module on inputs: forward, or forward and backward of its output's sum."""
+    """What torch's counter sees of a module on inputs: forward, or forward and backward of its output's sum.
+
+    Inputs of floats get gradients, too: 3 times forward counts them, although the first layer of a training saves
+    them.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
+    if backward:
+        inputs = tuple(x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs)
     with FlopCounterMode(display=False) as counter:
         out = module(*inputs)
         if backward:

@@ -1,16 +1,134 @@
-"""What `bench fit` offers of scaling laws: options in, a Finding out."""
+"""Scaling laws: the suite that trains one design at a grid of sizes and budgets, and what `bench fit` offers."""
 
 from __future__ import annotations
 
 import io
+import json
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-from bench.types import Error, Figure, Finding, UsageError
+import numpy as np
+
+from bench.capabilities import Scalable
+from bench.suite import Suite
+from bench.types import Error, Estimate, Figure, Finding, Table, Unit, UsageError, Weights
 
 COLUMNS = ("params", "tokens", "flops", "loss", "budget", "run_id", "lr", "loss_sd", "condition", "is_final")
+
+
+@dataclass(frozen=True)
+class Scaling(Suite):
+    """An isoFLOP study: a design trained at several sizes for each of several budgets, and the law of their losses.
+
+    A unit is one training, from nothing to the end of its schedule; a killed one goes on inside. Sizes lie around a
+    guess of the optimum, `centre` parameters at the first budget, growing with compute to the power `exponent`.
+    """
+
+    budgets: tuple[float, ...] = (3e10, 1e11, 3e11, 1e12)  # training FLOPs of each run
+    sizes: int = 7  # for each budget
+    centre: float = 15_000  # parameters: about the best size at the first budget
+    exponent: float = 0.5  # with which the best size is thought to grow
+    reach: float = 6.0  # sizes lie between centre / reach and centre * reach
+    condition: Literal["class", "text"] = "class"
+    latents: Weights = ""  # a file of one's own, see `bench train dit`
+    vae: Weights = "mini-sd"  # or the small world's pictures through this autoencoder
+    pictures: int = 40_000  # to learn from
+    validation: int = 2048  # to measure on
+
+    name: ClassVar[str] = "scaling"
+    version: ClassVar[int] = 1
+    requires: ClassVar[tuple[type, ...]] = (Scalable,)
+
+    def __post_init__(self):
+        if not self.budgets or any(not b > 0 for b in self.budgets) or len(set(self.budgets)) < len(self.budgets):
+            raise UsageError("scaling: budgets must be positive, none twice", hint="-p budgets=3e10,1e11,3e11,1e12")
+        if self.sizes < 1 or self.centre <= 0 or self.reach <= 1:
+            raise UsageError("scaling: sizes and centre must be positive, reach more than 1")
+
+    @property
+    def metrics(self) -> tuple[Law, ...]:
+        return (Law(),)
+
+    def units(self, _: None) -> Iterator[Unit]:
+        for budget in self.budgets:
+            for k in range(self.sizes):
+                yield Unit(f"{budget:.3g}/{k}", (f"{budget:.3g}/{k}",), {"budget": budget, "size": k}, cost=budget)
+
+    def run(self, unit: Unit, model: Any, ctx: Any) -> Iterator[tuple[list[str], Mapping[str, Any]]]:
+        from suites.scaling.recipes import DATA, open_data
+
+        fields = {name: getattr(self, name) for name in DATA}
+        data = open_data(fields, str(ctx.device))
+        budget, k = float(unit.params["budget"]), int(unit.params["size"])
+        training = model.trainings(budget, self.targets(budget), data.cell, fields)[k]
+        folder = ctx.train(unit, training)
+        measured = json.loads((folder / "recipe.json").read_text())["figures"]
+        facts = {**training.facts(data.cell), **measured}
+        seen = facts["tokens"] * min(1.0, len(data.train) / (training.total * getattr(training, "batch", 1)))
+        row = {"budget": budget, **facts, "unique_tokens": seen, "signature": data.signature}
+        yield list(unit.items), {name: [value] for name, value in row.items()}
+
+    def targets(self, budget: float) -> list[float]:
+        """The sizes that a budget asks for, in parameters, rising."""
+        centre = self.centre * (budget / min(self.budgets)) ** self.exponent
+        if self.sizes == 1:
+            return [centre]
+        return [centre * self.reach ** (2 * k / (self.sizes - 1) - 1) for k in range(self.sizes)]
+
+    def figures(self, table: Table) -> Iterator[Figure]:
+        found, _ = _analysis(table)
+        return iter(_figures(found) if found is not None else ())
+
+
+@dataclass(frozen=True)
+class Law:
+    """Exponents and the floor of L(N, D) = E + A N^-alpha + B D^-beta, the exponent of N* by isoFLOP parabolas, and
+    what to expect of ten times the largest budget, each with its interval. Sizes are parameters of the backbone."""
+
+    name = "law"
+    version = 1
+    unit = ""
+    better = "none"
+
+    def measure(self, media: Any, ctx: Any) -> Mapping[str, Any]:
+        return {}  # the suite's columns are enough
+
+    def reduce(self, table: Table) -> Mapping[str, Estimate]:
+        found, why = _analysis(table)
+        if found is None or found.fit is None:
+            return {"a": Estimate(None, n=len(table), note=why or "; ".join(found.warnings))}
+        largest = 10 * float(found.runs.flops.max())
+        names = {f"surface: {q}": q.replace(" ", "-") for q in ("E", "alpha", "beta", "a", "b", "gamma")}
+        names |= {f"surface: {q}({largest:.3g})": f"{q[0]}-at-10x" for q in ("N*", "D*", "L*")}
+        names["isoFLOP: a"] = "a-isoflop"
+        note = "; ".join(found.warnings)
+        return {
+            name: Estimate(*found.estimates[key], method=found.resampling.partition(":")[0], n=len(table), note=note)
+            for key, name in names.items()
+            if key in found.estimates
+        }
+
+    def signature(self, table: Table) -> str:
+        cells = sorted({str(s) for s in table.column("signature")})
+        return f"law|huber_log_auto|{' and '.join(cells)}|v:{self.version}"
+
+
+def _analysis(table: Table) -> tuple[Any, str]:
+    """The analysis of a suite's rows with FLOPs as counted, or None and why there is none."""
+    from suites.scaling import analysis, measure
+    from suites.scaling.table import ingest
+
+    named = {name: name for name in ("params", "tokens", "flops", "loss", "budget", "lr")} | {"run_id": "item"}
+    try:
+        measure.one_cell([str(s) for s in table.column("signature")])
+        runs = ingest(table.rows, named)
+        kappa = float(np.median(runs.flops / (runs.params * runs.tokens)))
+        return analysis.analyse(runs, kappa=kappa, seed=table.seed), ""
+    except ValueError as e:
+        return None, str(e)
 
 
 class ScalingFit:
@@ -118,8 +236,6 @@ def _figures(found: Any) -> list[Figure]:
 
 
 def _resamples(found: Any) -> bytes:
-    import numpy as np
-
     out = io.BytesIO()
     names = np.array(["E", "A", "B", "alpha", "beta"])
     np.savez(out, surfaces=found.resamples.surfaces, columns=names, profile_exponents=found.profile_exponents)
