@@ -1,0 +1,1 @@
+"""Libraries that several suites use; they import nothing from the harness."""
