@@ -40,6 +40,8 @@ WRITERS = {
     "suites/generation/tokenizer.py: write_text": "as above, or into a temporary folder",
     "suites/generation/recipes_judges.py: save_file": "as above",
     "suites/generation/recipes_judges.py: save_pretrained": "as above",
+    "suites/scaling/recipes.py: save_file": "as above",
+    "suites/scaling/recipes.py: write_text": "as above",
 }
 BROAD = {
     "bench/checks/report.py": "a model under test may fail in any way, and that is a finding",
