@@ -24,30 +24,25 @@ def resize_clean(images: Any, size: Size) -> Any:
 
 def resize_bicubic(images: Any, size: Size) -> Any:
     """Antialiased bicubic (a = -0.5) in float, overshoot kept: what jax.image.resize does, and so CMMD's authors."""
+    return _weighed(images, size, "bicubic")
+
+
+def resize_tf1(images: Any, size: Size) -> Any:
+    """TensorFlow 1's bilinear, which samples at i * in / out without half-pixel centres (torch-fidelity)."""
+    return _weighed(images, size, "tf1")
+
+
+def _weighed(images: Any, size: Size, how: str) -> Any:
+    """Both axes by products with a band matrix, of which only the bands are multiplied."""
     import torch
 
     def bands(count: int, wanted: int) -> Iterator[tuple[slice, Any]]:
-        for columns, weights in _bands(count, wanted):
+        for columns, weights in _bands(count, wanted, how):
             yield columns, torch.from_numpy(weights).to(images.device)
 
     down = [weights @ images[..., rows, :] for rows, weights in bands(images.shape[-2], size[0])]
     x = torch.cat(down, -2)
     return torch.cat([x[..., columns] @ weights.T for columns, weights in bands(images.shape[-1], size[1])], -1)
-
-
-def resize_tf1(images: Any, size: Size) -> Any:
-    """TensorFlow 1's bilinear, which samples at i * in / out without half-pixel centres (torch-fidelity)."""
-    import torch
-
-    def sample(x: Any, axis: int, wanted: int) -> Any:
-        count = x.shape[axis]
-        place = torch.arange(wanted, dtype=torch.float32, device=x.device) * (count / wanted)
-        low = place.floor().long()
-        share = (place - low).reshape([-1 if i == axis % x.dim() else 1 for i in range(x.dim())])
-        first, second = x.index_select(axis, low), x.index_select(axis, (low + 1).clamp(max=count - 1))
-        return first + (second - first) * share
-
-    return sample(sample(images, -1, size[1]), -2, size[0])
 
 
 def resize_pytorch(images: Any, size: Size) -> Any:
@@ -117,9 +112,9 @@ def resized(images: Any, how: str, size: int, crop: str = "none") -> Any:
 
 
 @cache
-def _bands(count: int, size: int) -> list[tuple[slice, np.ndarray]]:
-    """`_bicubic` in bands of 32 output samples: the input samples that a band takes of, and its weights of those."""
-    matrix = _bicubic(count, size)
+def _bands(count: int, size: int, how: str) -> list[tuple[slice, np.ndarray]]:
+    """A matrix in bands of 32 output samples: the input samples that a band takes of, and its weights of those."""
+    matrix = _bicubic(count, size) if how == "bicubic" else _tf1(count, size)
     found = []
     for start in range(0, size, 32):
         band = matrix[start : start + 32]
@@ -127,6 +122,18 @@ def _bands(count: int, size: int) -> list[tuple[slice, np.ndarray]]:
         columns = slice(int(taken[0]), int(taken[-1]) + 1)
         found.append((columns, np.ascontiguousarray(band[:, columns])))
     return found
+
+
+def _tf1(count: int, size: int) -> np.ndarray:
+    """float32 [size, count]: two neighbours by their distance; the last sample has no right one."""
+    place = np.arange(size, dtype=np.float32) * np.float32(count / size)
+    low = np.floor(place).astype(int)
+    share = place - low.astype(np.float32)
+    matrix = np.zeros((size, count), np.float32)
+    rows = np.arange(size)
+    matrix[rows, low] += 1 - share
+    matrix[rows, np.minimum(low + 1, count - 1)] += share
+    return matrix
 
 
 def _bicubic(count: int, size: int) -> np.ndarray:
