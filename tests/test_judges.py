@@ -88,7 +88,7 @@ def test_the_classifier_sees_no_shape_where_there_is_none(kind, classifier):
     assert found.count(judges.NONE) / 400 >= LEAST_NONE[kind]
 
 
-LEAST_NONE = {"empty": 0.99, "blob": 0.93, "noise": 0.99, "mixture": 0.90, "half": 0.93}
+LEAST_NONE = {"empty": 0.99, "blob": 0.93, "noise": 0.99, "mixture": 0.92, "half": 0.93}
 
 
 def test_features_of_a_picture_are_its_own(classifier, images):
@@ -136,8 +136,8 @@ def test_clip_prefers_what_is_true(clip, pictures, images):
 def test_clip_s_folder_is_one_of_transformers(clip, images):
     """Loaded without us, prepared by its own processor: the same features, to 1e-5."""
     place = judges.folder("mini-clip")
-    model, processor = CLIPModel.from_pretrained(place), CLIPImageProcessor.from_pretrained(place)
-    assert model.dtype == torch.float32
+    model = CLIPModel.from_pretrained(place, dtype=torch.float32)  # else in half precision, as it is stored
+    processor = CLIPImageProcessor.from_pretrained(place)
     batch = processor([i.permute(1, 2, 0).numpy() for i in images[:6]], return_tensors="pt")
     ids = AutoTokenizer.from_pretrained(place)(["a red circle", "a star"], padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -205,7 +205,8 @@ def test_questions_have_the_answers_of_the_record(pictures):
             assert (answer == "yes") == all(getattr(p, k) == v for k, v in claims), (question, p)
         else:
             kinds["open"] += 1
-            name = next(n for n, texts in judges.QUESTIONS.items() if any(_asks(t, question) for t in texts))
+            names = [n for n, texts in judges.QUESTIONS.items() if any(_asks(t, question) for t in texts)]
+            name = "background" if "the background" in question else names[0]  # not the colour of a background
             assert answer == getattr(p, name)
     assert min(kinds["yes"], kinds["no"]) > 200 and kinds["open"] > 400
     for _ in range(20):

@@ -156,11 +156,9 @@ class MiniCLIP(Recipe):
         return model.eval(), tokenizer
 
     def export(self, model: Any, folder: Path) -> None:
-        import torch
         from transformers import CLIPImageProcessor
 
         network, tokenizer = copy.deepcopy(model[0]).half(), model[1]
-        network.config.dtype = network.config.text_config.dtype = network.config.vision_config.dtype = torch.float32
         network.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         size = {"height": world.SIZE, "width": world.SIZE}
