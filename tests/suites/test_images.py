@@ -287,11 +287,22 @@ def test_equal_content_needs_equal_pixels_and_shape():
     assert flags.content(a) != flags.content(a[::-1])
 
 
-def test_equal_pictures_are_one_cluster(tmp_path):
-    save(tmp_path / "own", [*pictures(3, 1), *pictures(1, 1)]), save(tmp_path / "ref", pictures(3, 2))
-    rows = score(tmp_path / "own", tmp_path / "ref", tmp_path / ".bench").table()
-    clusters = rows.where("side", "generated").clusters()
-    assert clusters[0] == clusters[3] and len(set(clusters)) == 3
+def test_a_model_that_repeats_a_few_pictures_is_not_taken_for_the_few_of_many(tmp_path):
+    own, few = pictures(8, 1), tmp_path / "few"
+    save(few, [own[i % 8] for i in range(64)]), save(tmp_path / "ref", pictures(64, 2))
+    run = score(few, tmp_path / "ref", tmp_path / ".bench")
+    table = run.table()
+    assert len(set(table.where("side", "generated").clusters())) == 64
+    x, y = (table.where("side", side).features("embedded").astype(np.float64) for side in ("generated", "reference"))
+
+    def kernel(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    n = 64  # the plain U-statistic, copies included: what a model that draws each of eight at random has
+    within = sum(k.sum() - np.trace(k) for k in (kernel(x, x), kernel(y, y))) / (n * (n - 1))
+    found = next(s for s in run.scores() if s.metric == "kid-embedded")
+    assert found.value == pytest.approx(within - 2 * kernel(x, y).mean(), rel=1e-4)
+    assert "56 generated pictures repeat another one" in found.note
 
 
 def test_the_files_are_the_identity(tmp_path):
@@ -601,6 +612,8 @@ def test_a_folder_looks_prompts_up(tmp_path):
         model.generate(["a bird"], [1])
     with pytest.raises(Error, match="2 pictures, none of seed 5"):
         model.generate(["a cat"], [5])
+    with pytest.raises(Error, match="'a dog' is asked for with several seeds"):  # else one picture counted as two
+        model.generate(["a dog"], [8])
     save(own, pictures(1, 3, 96), first=2)
     with pytest.raises(Error, match="differ in size: 64x64 px and 96x96 px"):
         FolderOfImages(own, tmp_path / "prompts.csv").generate(["a cat", "a dog"], [1, 1])
