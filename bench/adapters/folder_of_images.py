@@ -20,8 +20,9 @@ class FolderOfImages:
     """The pictures below a folder, named by their relative paths; hidden names and other files are passed over.
 
     `prompts` is a CSV file with the columns name, prompt and perhaps seed, which makes the folder a text-to-image
-    model for these prompts: of several pictures of one prompt, the seed says which. The identity is that of the files:
-    another picture, or another name, is another model.
+    model for these prompts: of several pictures of one prompt, the seed says which; a single one stands for
+    one seed, whichever is asked for. The identity is that of the files: another picture, or another name, is another
+    model.
 
     Raises UsageError where there is no such folder, and Error where it holds no picture or a link, or the CSV names
     what is not there.
@@ -44,6 +45,7 @@ class FolderOfImages:
             self.generate = None  # no capability without prompts
         else:
             self._by_prompt = _read_prompts(Path(prompts).expanduser(), self._known)
+            self._asked: dict[str, int] = {}  # name of a prompt's only picture -> seed that it was given for
 
     def names(self) -> Sequence[str]:
         return self._names
@@ -58,8 +60,8 @@ class FolderOfImages:
     def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """float32 [B, 3, H, W] in [0, 1]: the picture of each prompt; a seed chooses where a prompt has several.
 
-        Raises Error for a prompt that the CSV lacks, for a seed that none of several pictures has, and where the
-        pictures of a batch differ in size.
+        Raises Error for a prompt that the CSV lacks, for a seed that none of several pictures has, for a second seed
+        where there is one picture, and where the pictures of a batch differ in size.
         """
         import numpy as np
         import torch
@@ -84,7 +86,13 @@ class FolderOfImages:
         if pictures is None:
             raise Error(f"the folder has no picture of the prompt {prompt!r}", hint="add it to the CSV of prompts")
         if len(pictures) == 1:
-            return next(iter(pictures.values()))
+            (name,) = pictures.values()
+            if self._asked.setdefault(name, seed) != seed:  # copies would count as draws of their own
+                raise Error(
+                    f"prompt {prompt!r} is asked for with several seeds, and the CSV has one picture of it",
+                    hint="ask for one picture a prompt, or list more of them with their seeds",
+                )
+            return name
         if seed not in pictures:
             raise Error(
                 f"prompt {prompt!r} has {len(pictures)} pictures, none of seed {seed}",

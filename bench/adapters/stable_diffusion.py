@@ -79,9 +79,7 @@ class StableDiffusion:
         self._check_together(weights)
 
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # px of a picture's side per latent
-        native = self.unet.config.sample_size
-        native = (native if isinstance(native, int) else native[0]) * self.factor
-        self.size = native if size is None else size
+        self.size = self._native_size(weights) if size is None else size
         self.latent_shape(self.size)
         self.timesteps(steps)
 
@@ -267,7 +265,20 @@ class StableDiffusion:
             raise Error(f"stable-diffusion: {steps} steps are not in 1..{self.num_timesteps}")
         scheduler = copy.deepcopy(self._scheduler)
         scheduler.set_timesteps(steps)
+        first = float(scheduler.timesteps.max())
+        if first > self.num_timesteps - 1:  # the offset of Stable Diffusion's schedulers leads out of their tables
+            known = f"the model knows 0..{self.num_timesteps - 1}"
+            raise Error(f"stable-diffusion: {steps} steps begin at time step {first:g}; {known}", hint="take fewer")
         return scheduler
+
+    def _native_size(self, weights: str) -> int:
+        """px of a side of the pictures that the U-Net was trained on."""
+        sides = self.unet.config.sample_size
+        sides = sides if isinstance(sides, list | tuple) else [sides, sides]
+        if len(set(sides)) != 1 or not isinstance(sides[0], int):
+            what = f"its U-Net's sample_size is {self.unet.config.sample_size}, no side of a square"
+            raise Error(f"stable-diffusion: {weights}: {what}", hint="-m size=512 names the side in px")
+        return sides[0] * self.factor
 
     def _check_together(self, weights: str) -> None:
         """Do the parts fit each other?"""
@@ -312,9 +323,16 @@ def _check_parts(folder: Path, weights: str) -> bool:
 
 def _config(folder: Path, part: str, name: str = "config.json") -> dict[str, Any]:
     try:
-        return json.loads((folder / part / name).read_text(encoding="utf-8-sig"))
+        found = json.loads((folder / part / name).read_text(encoding="utf-8-sig"))
     except OSError as e:
         raise Error(f"stable-diffusion: {folder / part / name} cannot be read: {e.strerror}") from None
+    if not isinstance(found, dict):
+        raise Error(f"stable-diffusion: {folder / part / name} holds no settings", hint="copy the part again")
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:300]
 
 
 def _weights_file(folder: Path, part: str, stem: str) -> Path:
@@ -345,7 +363,7 @@ def _diffusers_part(folder: Path, part: str, name: str) -> Any:
             output_loading_info=True,
         )
     except (OSError, ValueError, TypeError, RuntimeError, KeyError) as e:
-        raise Error(f"stable-diffusion: {folder / part} cannot be opened: {str(e).splitlines()[0][:300]}") from e
+        raise Error(f"stable-diffusion: {folder / part} cannot be opened: {_first_line(e)}") from e
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if loading[kind]:  # diffusers would leave random numbers in place of missing weights
             found = f"{len(loading[kind])} {kind.replace('_', ' ')}, {str(next(iter(loading[kind])))[:120]!r} first"
@@ -371,7 +389,7 @@ def _text_encoder(folder: Path) -> Any:
         AttributeError,
         getattr(errors, "StrictDataclassError", ValueError),
     ) as e:
-        raise Error(f"stable-diffusion: {part} cannot be opened: {str(e).splitlines()[0][:300]}") from e
+        raise Error(f"stable-diffusion: {part} cannot be opened: {_first_line(e)}") from e
     network.load_state_dict(edits.match("text_encoder", network, tensors, str(part), whole=True))
     return network
 
@@ -382,7 +400,7 @@ def _tokenizer(folder: Path) -> Any:
     try:
         return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except (OSError, ValueError, TypeError, RuntimeError, KeyError) as e:
-        raise Error(f"stable-diffusion: {folder / 'tokenizer'} cannot be opened: {str(e)[:300]}") from e
+        raise Error(f"stable-diffusion: {folder / 'tokenizer'} cannot be opened: {_first_line(e)}") from e
 
 
 def _scheduler(folder: Path, scheduler: str) -> Any:
@@ -395,4 +413,7 @@ def _scheduler(folder: Path, scheduler: str) -> Any:
 
     settings = _config(folder, "scheduler", "scheduler_config.json")
     settings |= {"clip_sample": False, "steps_offset": 1, "skip_prk_steps": True}
-    return getattr(diffusers, SCHEDULERS[scheduler]).from_config(settings)
+    try:
+        return getattr(diffusers, SCHEDULERS[scheduler]).from_config(settings)
+    except (ValueError, TypeError, RuntimeError) as e:
+        raise Error(f"stable-diffusion: {folder / 'scheduler'} cannot be opened: {_first_line(e)}") from e

@@ -428,12 +428,22 @@ def change(path, **values):
         ("text_encoder/config.json", {"architectures": ["T5EncoderModel"]}, "T5EncoderModel"),
         ("text_encoder/config.json", {"hidden_size": 10, "num_attention_heads": 3}, "cannot be opened"),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction type 'sample'"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "wavy"}, "scheduler cannot be opened: wavy"),
+        ("unet/config.json", {"sample_size": None}, "sample_size is None"),
+        ("unet/config.json", {"sample_size": [8, 16]}, "no side of a square"),
         ("unet/config.json", {"auto_map": {"AutoModel": "evil.UNet"}}, "names code"),
     ],
 )
 def test_a_part_of_another_kind_is_refused(own, file, values, says):
     change(own / file, **values)
     with pytest.raises(Error, match=says):
+        StableDiffusion(own)
+
+
+@pytest.mark.parametrize("file", ["unet/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"])
+def test_settings_that_are_none_are_refused(own, file):
+    (own / file).write_text("[]")
+    with pytest.raises(Error, match="holds no settings"):
         StableDiffusion(own)
 
 
@@ -487,6 +497,7 @@ def test_pictures_that_overflow_are_an_error_with_a_mend(folder):
         ({"size": 0}, "not a multiple"),
         ({"steps": 0}, r"1\.\.1000"),
         ({"steps": 1001}, r"1\.\.1000"),
+        ({"steps": 1000}, r"time step 1000; the model knows 0\.\.999"),  # where diffusers raises an IndexError
         ({"guidance": -1.0}, "guidance"),
         ({"guidance": float("inf")}, "guidance"),
     ],
