@@ -113,13 +113,12 @@ def read(network: Any, images: Any, batch: int = 256) -> dict[str, list[str]]:
 
 def load_clip(device: str = "cpu", path: Path | None = None) -> tuple[Any, Any]:
     """The trained transformers.CLIPModel in float32 and evaluation mode, and its tokenizer."""
-    import torch
-    from transformers import CLIPModel, CLIPTokenizer
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
     place = path or folder("mini-clip")
-    model = CLIPModel.from_pretrained(place, dtype=torch.float32, local_files_only=True)
+    network = CLIPModel(CLIPConfig.from_pretrained(place, local_files_only=True))
     tokenizer = CLIPTokenizer.from_pretrained(place, local_files_only=True)
-    return model.requires_grad_(False).eval().to(device), tokenizer
+    return _filled(network.float(), place / "model.safetensors", device), tokenizer  # without transformers' bars
 
 
 def embed_images(model: Any, images: Any, batch: int = 256) -> Any:
