@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from bench.metrics.pixel import quantise
+from bench.metrics.pixel import FAR_OUT, quantise
 from bench.metrics.precision import full_precision
 from bench.metrics.resizes import CROPS, RESIZES, resized
 from bench.types import Error, UsageError
@@ -35,7 +35,6 @@ EMBEDDED = ("embedded", "mini-classifier", "mini-clip")
 EXTRACTORS = (*EMBEDDED, *(f"inception-{resize}" for resize in INCEPTION_RESIZES))
 BATCH = {"cpu": 4, "cuda": 32}  # pictures per forward pass, always: features must not depend on how many came
 DTYPES = ("float32", "bfloat16")
-FAR_OUT = 8.0  # floats beyond are no picture in [-1, 1] that a decoder overshot; levels 0..255 are
 
 
 class Extractor(Protocol):

@@ -14,6 +14,7 @@ from bench.types import Error, Estimate, Table, UsageError
 QUANTISE = ("round", "trunc", "vavae", "none")
 RUN = 256  # squares of 8-bit differences per float32 sum: 256 x 255^2 < 2^24, so that no order of adding rounds
 PIECE = 256 * RUN
+FAR_OUT = 8.0  # floats this many times as far from mid grey as white are no overshoot of a decoder; levels 0..255 are
 
 
 def quantise(x: Any, mode: str = "round", value_range: tuple[float, float] = (-1.0, 1.0)) -> Any:
@@ -21,7 +22,7 @@ def quantise(x: Any, mode: str = "round", value_range: tuple[float, float] = (-1
 
     `round` rounds half up: floor(clamp((v + 1) * 127.5, 0, 255) + 0.5), the canonical form; `trunc` drops the fraction;
     `vavae` truncates clamp(127.5 v + 128) as LightningDiT's evaluate_tokenizer.py does; `none` leaves floats alone.
-    8-bit pictures pass unchanged. Raises Error where a value is not finite.
+    8-bit pictures pass unchanged. Raises Error where a value is not finite, or so far out that it has another scale.
     """
     import torch
 
@@ -35,11 +36,17 @@ def quantise(x: Any, mode: str = "round", value_range: tuple[float, float] = (-1
         raise Error(
             f"pictures of type {x.dtype} are neither uint8 nor float", hint="convert them to uint8 [B, 3, H, W]"
         )
-    if x.numel() and not all(bound.isfinite() for bound in x.aminmax()):
-        raise Error("a picture holds NaN or infinity", hint="look at the model's output before it is scored")
+    low, high = value_range
+    if x.numel():
+        least, most = (float(bound) for bound in x.aminmax())
+        if not np.isfinite([least, most]).all():
+            raise Error("a picture holds NaN or infinity", hint="look at the model's output before it is scored")
+        middle = (low + high) / 2
+        if max(middle - least, most - middle) > FAR_OUT * (high - middle):
+            message = f"float pictures must lie in [{low:g}, {high:g}]; these reach from {least:g} to {most:g}"
+            raise Error(message, hint="levels 0..255 belong in uint8")
     if mode == "none":
         return x
-    low, high = value_range
     levels = (x if x.dtype == torch.float64 else x.float()) - low
     levels.mul_(255.0 / (high - low))
     if mode == "vavae":

@@ -66,6 +66,10 @@ def sets_of(table: Table, extractor: str) -> Sets:
 
     Raises KeyError where no unit kept such features, Error where they cannot be compared.
     """
+    for column in (net_column(extractor), resize_column(extractor)):
+        found = sorted({str(v) for v in table.column(column) if v is not None})
+        if len(found) > 1:
+            raise Error(f"the features come from {' and '.join(found)}", hint="--fresh measures all of them again")
     if any(side is not None for side in table.column(SIDE)):
         generated, reference = table.where(SIDE, GENERATED), table.where(SIDE, REFERENCE)
         for part, which in ((generated, GENERATED), (reference, REFERENCE)):

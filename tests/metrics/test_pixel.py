@@ -55,6 +55,17 @@ def test_floats_use_their_range():
         psnr(x, y)
 
 
+@pytest.mark.parametrize("mode", ["round", "trunc", "vavae", "none"])
+@pytest.mark.parametrize("span", [(-1.0, 1.0), (0.0, 1.0)])
+def test_floats_of_another_scale_are_refused_and_overshoot_is_not(mode, span):
+    low, high = span
+    with pytest.raises(Error, match=r"these reach from 0 to 255"):
+        quantise(torch.linspace(0, 255, 48).reshape(1, 3, 4, 4), mode, span)
+    with pytest.raises(Error, match="must lie in"):
+        quantise(torch.linspace(-40, 0, 48).reshape(1, 3, 4, 4), mode, span)
+    quantise(torch.linspace(low - 2, high + 2, 48).reshape(1, 3, 4, 4), mode, span)
+
+
 def test_quantise_by_hand():
     v = np.array([-2.0, -1.0, -1 + 0.4 / 127.5, -1 + 0.6 / 127.5, 0.0, 0.999, 1.0, 3.0], dtype=np.float32)
     x = np.broadcast_to(v, (1, 3, 1, 8))

@@ -47,6 +47,14 @@ def test_layouts():
         sets_of(independent(20, 0), "embedded")
 
 
+def test_features_of_two_networks_are_no_set():
+    for column, other in (("embedded-net", "net@2"), ("embedded-resize", "tf1-64")):
+        table = independent(20, 30)
+        table.rows[7] = {**table.rows[7], column: other}
+        found = Gap().reduce(table)[""]
+        assert found.value is None and found.note.startswith("the features come from ") and other in found.note
+
+
 @pytest.mark.parametrize("table,n", [(independent(20, 30), 50), (pairs(20), 20)])
 def test_a_complete_score_counts_all_rows_and_keeps_its_note(table, n):
     assert Gap().reduce(table)[""].n == n and Gap().reduce(table)[""].note == "said"
