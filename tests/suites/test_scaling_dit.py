@@ -104,7 +104,7 @@ def test_parameters_are_the_formula_and_a_stated_rest(shape):
 
 
 def test_the_published_size_of_lightningdit():
-    """XL/1 of arXiv 2501.01423 by its own log, exactly: 675,256,736, of which it counts the fixed table of positions."""
+    """XL/1 of arXiv 2501.01423 by its own log, exactly: 675,256,736, with the fixed table of positions."""
     shape = Shape(
         "adaln_zero", 1152, 28, heads=16, channels=32, side=16, patch=1, vocabulary=1000, swiglu=True, rms_norm=True
     )
