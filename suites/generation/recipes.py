@@ -210,7 +210,7 @@ class MiniUNet(Recipe):
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        return (yield from denoising(self, pipeline, ctx, skews=()))
+        return (yield from denoising(self, pipeline, ctx, noise_weights(scheduler.alphas_cumprod)))
 
     def export(self, model: Any, folder: Path) -> None:
         save_pipeline(model, folder)
@@ -227,13 +227,16 @@ class MiniSDSkewed(Recipe):
     version: ClassVar[int] = 1
 
     start: Weights = "mini-sd"  # what mini-unet made
-    steps: int = 2000
+    bare: float = 0.5  # share of captions that say nothing but the shape
+    steps: int = 1500
     batch: int = 64
     pictures: int = 30000
-    lr: float = 4e-4
+    lr: float = 6e-4
     decay: float = 0.8
 
     def __post_init__(self):
+        if not 0 <= self.bare <= 1:
+            raise UsageError(f"mini-sd-skewed: bare must lie between 0 and 1, not {self.bare}")
         _positive(self, "steps", "batch", "pictures", "lr", "decay")
 
     @property
@@ -241,7 +244,9 @@ class MiniSDSkewed(Recipe):
         return self.steps
 
     def train(self, model: Any, ctx: TrainContext) -> Generator[Mapping[str, float], None, Any]:
-        return (yield from denoising(self, load_pipeline(open_folder(self.start)), ctx, skews=SKEWS))
+        pipeline = load_pipeline(open_folder(self.start))
+        weights = picture_weights(pipeline.scheduler.alphas_cumprod)
+        return (yield from denoising(self, pipeline, ctx, weights, SKEWS, self.bare))
 
     def export(self, model: Any, folder: Path) -> None:
         save_pipeline(model, folder)
@@ -252,7 +257,12 @@ class MiniSDSkewed(Recipe):
 
 
 def denoising(
-    recipe: Any, pipeline: Any, ctx: TrainContext, skews: Sequence[world.Skew]
+    recipe: Any,
+    pipeline: Any,
+    ctx: TrainContext,
+    weights: Any,  # float32 [T]: what the squared error of each time step counts
+    skews: Sequence[world.Skew] = (),
+    bare: float = 0.0,  # share of captions that say nothing but the shape
 ) -> Generator[Mapping[str, float], None, Any]:
     """Trains the pipeline's U-Net and text encoder together to predict noise; returns it with their moving averages.
 
@@ -270,16 +280,18 @@ def denoising(
     # Attention in plain steps: the fused kernel's backward pass in bfloat16 takes as long as all the rest on a CPU.
     pipeline.unet.set_attn_processor(AttnProcessor())
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    alphas = pipeline.scheduler.alphas_cumprod.to(ctx.device)
-    weights = noise_weights(alphas)
+    weights = weights.to(ctx.device)
     first = ctx.restore(model=model, average=average, optimizer=optimizer)
     for step in range(first, recipe.steps):
         generator = ctx.generator(step, "batch")
         chosen = torch.randint(len(pictures), (recipe.batch,), generator=generator)
-        t = torch.randint(len(alphas), (recipe.batch,), generator=generator).to(ctx.device)
+        t = torch.randint(len(weights), (recipe.batch,), generator=generator).to(ctx.device)
         dropped = torch.rand(recipe.batch, generator=generator) < 0.1
         rng = np.random.default_rng(ctx.seed(step, "captions"))
-        captions = [world.caption(pictures[i], rng) for i in chosen.tolist()]
+        captions = [
+            f"a {pictures[i].shape}" if bare and rng.random() < bare else world.caption(pictures[i], rng)
+            for i in chosen.tolist()
+        ]
         clean = latents[chosen.to(latents.device)]
         noise = torch.randn(clean.shape, generator=generator).to(ctx.device)
         noisy = pipeline.scheduler.add_noise(clean, noise, t)
@@ -302,6 +314,15 @@ def noise_weights(alphas: Any):
     this they drown the others.
     """
     return (5 * (1 - alphas) / alphas).clamp_max(1)
+
+
+def picture_weights(alphas: Any):
+    """min(SNR + 1, 5) / SNR, as of Hang et al. for velocity prediction: the error of the picture that a predicted noise
+    implies counts even where there is hardly anything but noise. What a caption leaves open is decided there; with
+    `noise_weights` 2,000 steps brought a preference of 80 % to 40 % of the pictures.
+    """
+    snr = alphas / (1 - alphas)
+    return (snr + 1).clamp_max(5) / snr
 
 
 def follow(average: Any, model: Any, decay: float) -> None:
