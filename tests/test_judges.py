@@ -177,6 +177,7 @@ def test_the_adapter_answers_among_choices_or_abstains(pictures, images):
     choices = [other, p.colour]
     assert model.answer(image / 255, "what colour is the shape?", choices).probabilities[1] > 0.8
     assert model.answer(image, "is there a dog?", ["yes", "no"]).probabilities is None
+    assert model.answer(image, " ", ["yes", "no"]).probabilities is None
     assert model.answer(image, "what colour is the shape?", ["dog", "cat"]).probabilities is None
     with pytest.raises(Error, match="32"):
         model.answer(torch.zeros(3, 64, 64), "is there a circle?", ["yes", "no"])

@@ -41,7 +41,7 @@ class MiniVQA:
             tokens = judges.tokens([question]).to(self.device)
         except KeyError:
             return Answer(None)
-        if not known:
+        if not known or not tokens.any():  # no word at all is no question
             return Answer(None)
         with torch.no_grad():
             seen = judges.evidence(self.classifier, image[None].to(self.device))
