@@ -284,6 +284,8 @@ def _gaussian(mean: Any, cov: Any, which: str) -> tuple[np.ndarray, np.ndarray]:
         raise Error(f"the {which} mean or covariance holds NaN or infinity")
     if not (np.diagonal(cov) > 0).any():
         raise Error(f"the {which} covariance has no variance")
+    if np.abs(cov - cov.T).max() > FLOOR * np.abs(cov).max():  # else one triangle alone would decide
+        raise Error(f"the {which} covariance is not symmetric")
     return mean, cov
 
 

@@ -124,7 +124,10 @@ class InceptionScore(SetMetric):
             "torch-fidelity": lambda: shuffled_splits(n),
             "guided-diffusion": lambda: chunks(n),
         }
-        found = inception_score(sets.generated, splits[self.protocol]())
+        split_of = splits[self.protocol]()
+        if self.protocol != "guided-diffusion" and split_of.max() + 1 < SPLITS:
+            raise Error(f"{n} rows leave splits of the inception score empty; it needs two in each of {SPLITS}")
+        found = inception_score(sets.generated, split_of)
         printed = f"{found.num_splits} splits, spread {found.spread:.3g}"
         if self.protocol == "hash":
             from scipy.special import stdtrit

@@ -8,8 +8,10 @@ import numpy as np
 
 from bench.metrics.moments import BLOCK, WIDE, mean_and_covariance
 from bench.metrics.sets import check_pair
+from bench.types import Error
 
 EPSILON = float(np.finfo(np.float64).eps)
+INDEFINITE = 1e-4  # share of the largest eigenvalue below which a negative one is rounding, that of float32 sums too
 
 
 def raw_distance(
@@ -173,6 +175,8 @@ def _congruent(lower: np.ndarray, cov: np.ndarray) -> np.ndarray:
 def _root(cov: np.ndarray, cut: bool = False) -> np.ndarray:
     """A factor of a singular covariance, negative rounding in its spectrum cut; `cut`: its support alone, [d, k]."""
     eigenvalues, vectors = np.linalg.eigh(cov)
+    if eigenvalues[0] < -INDEFINITE * eigenvalues[-1]:
+        raise Error(f"a covariance is not positive semidefinite: it has the eigenvalue {eigenvalues[0]:.3g}")
     if cut:
         kept = eigenvalues > eigenvalues[-1] * len(eigenvalues) * EPSILON
         eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]

@@ -216,3 +216,13 @@ def test_library_loads_none_of_the_harness_but_contracts():
     )
     metrics = {f"bench.metrics{name}" for name in ("", ".frechet", ".moments", ".sets", ".transport")}
     assert set(done.stdout.split()) - set(bare.stdout.split()) == metrics
+
+
+def test_what_is_no_covariance_is_refused():
+    mean, cov = np.zeros(3), np.diag([2.0, 1.0, 0.5])
+    for bad, fault in ((np.diag([2.0, 1.0, -0.5]), "positive semidefinite"), (cov + np.eye(3, k=1), "not symmetric")):
+        for pair in ((bad, cov), (cov, bad)):
+            with pytest.raises(Error, match=fault):
+                frechet_distance(mean, pair[0], mean, pair[1])
+    rounded = np.diag([2.0, 1.0, -1e-7])  # of float32 sums
+    assert frechet_distance(mean, rounded, mean, np.diag([2.0, 1.0, 0.0])) == pytest.approx(0.0, abs=1e-6)

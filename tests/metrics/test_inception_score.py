@@ -145,3 +145,12 @@ def test_metric_keeps_clusters_in_one_split_and_withholds_when_few():
     names = [f"p{i // 4}" for i in range(300)]
     found = InceptionScore().reduce(sets_table(x, names))
     assert found[""].value == pytest.approx(inception_score(x.astype(np.float32), hash_splits(names)).value, rel=1e-12)
+
+
+def test_an_empty_split_is_not_left_out_in_silence():
+    names = [name for name in map(str, range(300)) if hash_splits([name])[0] < 9]
+    x = logits(rng(11), len(names) + 50).astype(np.float32)
+    rows = [{"item": name, "side": "generated"} for name in names]
+    rows += [{"item": f"r{i}", "side": "reference"} for i in range(50)]
+    found = InceptionScore().reduce(Table(rows, load_features={"inception-tf1/logits": x}.__getitem__))[""]
+    assert found.value is None and "empty" in found.note
