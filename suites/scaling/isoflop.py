@@ -112,15 +112,15 @@ def parabola(
         problem = "the curvature is not distinguishable from none"
     elif strict and long > ONE_SIDED * short:
         problem = "the sizes lie to one side of the minimum"
-    found = math.exp(v + centre)
+    found = _exp(v + centre)
     return Vertex(
         budget,
         params=found,
         tokens=_least_tokens(tokens, loss, u, v, w),
         loss=float(s - q * q / (4 * p)),
         log_se=log_se,
-        low=math.exp(low + centre) if math.isfinite(low) else 0.0,
-        high=math.exp(high + centre) if math.isfinite(high) else math.inf,
+        low=_exp(low + centre),
+        high=_exp(high + centre),
         curvature=float(p),
         curvature_se=se_p,
         sizes=n,
@@ -136,7 +136,11 @@ def _least_tokens(tokens: np.ndarray, loss: np.ndarray, u: np.ndarray, v: float,
     if z.min() < own < z.max():
         return math.exp(own)
     slope, level = np.polyfit(u, z, 1)
-    return math.exp(level + slope * v)
+    return _exp(level + slope * v)
+
+
+def _exp(x: float) -> float:
+    return math.inf if x > 700 else math.exp(x)  # the vertex of a curve that is nearly straight
 
 
 def fieller(a: float, b: float, var_a: float, var_b: float, cov: float, t: float) -> tuple[float, float]:

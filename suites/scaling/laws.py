@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -232,7 +232,8 @@ class Repeated:
     """Muennighoff et al. (arXiv 2305.16264): tokens seen R + 1 times are worth U + U R* (1 - exp(-R / R*)).
 
     `sizes` decays the same way in the parameters beyond what U unique tokens can feed. `edge` names what ran to the end
-    of its range: such a fit is not identified, and its value no number.
+    of its range, `unstable` what moves more than twofold when the rows of the highest losses are left out: such a
+    constant is not identified, and its value no number.
     """
 
     base: Surface
@@ -240,6 +241,18 @@ class Repeated:
     sizes: float  # R_N*
     r_squared: float  # of L
     edge: tuple[str, ...] = ()
+    unstable: tuple[str, ...] = ()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is wrong with the constants, in words."""
+        found = [f"R* of {name} ended at a bound: the rows do not tell it" for name in self.edge]
+        found += [
+            f"R* of {name} moves more than twofold when up to a quarter of the rows, those of the highest losses, are "
+            "left out: it says what the filter was"
+            for name in self.unstable
+        ]
+        return tuple(found)
 
     def effective(self, params: Any, tokens: Any, unique: Any, kappa: float = 6.0) -> tuple[np.ndarray, np.ndarray]:
         """N' and D'."""
@@ -273,8 +286,28 @@ def repeated_r_squared(law: Repeated, params: Any, tokens: Any, unique: Any, los
     return float(1 - ((y - law.loss(params, tokens, unique)) ** 2).sum() / ((y - y.mean()) ** 2).sum())
 
 
+CUTS = (0.05, 0.1, 0.25)  # shares of the rows, the highest losses, without which the constants are fitted again
+
+
 def repeated(params: Any, tokens: Any, unique: Any, loss: Any, base: Surface) -> Repeated:
-    """R_D* and R_N* by least squares on L with the base law held; ranges [0.1, 1,000]."""
+    """R_D* and R_N* by least squares on L with the base law held; ranges [0.1, 1,000].
+
+    Fitted again without the 5, 10 and 25 % highest losses: `unstable` names a constant whose values differ more than
+    twofold among the four fits.
+    """
+    rows = np.stack([np.asarray(v, np.float64) for v in (params, tokens, unique, loss)])
+    order = np.argsort(rows[3], kind="stable")
+    fits = [_decay_constants(*rows[:, np.sort(order[: round((1 - cut) * len(order))])], base) for cut in (0.0, *CUTS)]
+    low, high = math.log(0.1), math.log(1000.0)
+    names = ("tokens", "sizes")
+    edge = tuple(n for n, p in zip(names, fits[0], strict=True) if min(p - low, high - p) < 0.05)
+    unstable = tuple(n for n, p in zip(names, np.ptp(fits, axis=0), strict=True) if p > math.log(2.0))
+    law = Repeated(base, math.exp(fits[0][0]), math.exp(fits[0][1]), 0.0, edge, unstable)
+    return replace(law, r_squared=repeated_r_squared(law, params, tokens, unique, loss))
+
+
+def _decay_constants(params: Any, tokens: Any, unique: Any, loss: Any, base: Surface) -> np.ndarray:
+    """(ln R_D*, ln R_N*) of the least squares on L."""
     from scipy.optimize import minimize
 
     y = np.asarray(loss, np.float64)
@@ -289,10 +322,7 @@ def repeated(params: Any, tokens: Any, unique: Any, loss: Any, base: Surface) ->
     found = min(
         (minimize(value, s[1:], method="L-BFGS-B", bounds=[(low, high)] * 2) for s in starts), key=lambda f: f.fun
     )
-    names = ("tokens", "sizes")
-    edge = tuple(n for n, p in zip(names, found.x, strict=True) if min(p - low, high - p) < 0.05)
-    law = Repeated(base, math.exp(found.x[0]), math.exp(found.x[1]), 0.0, edge)
-    return Repeated(base, law.tokens, law.sizes, repeated_r_squared(law, params, tokens, unique, loss), edge)
+    return np.clip(found.x, low, high)
 
 
 def _positive(x: Any, y: Any, least: int) -> tuple[np.ndarray, np.ndarray]:

@@ -21,6 +21,8 @@ KINDS = ("pairs", "cluster", "residual", "wild", "parametric")
 LEVEL = 0.95
 FAR = 30.0  # times the largest compute: warned
 TOO_FAR = 1000.0  # no point estimate without a band
+ORIGINS = 8  # budgets from which a back-test looks ahead, at most
+ROUNDING = 1e-9  # an error of ln L that is none
 
 
 @dataclass(frozen=True)
@@ -307,33 +309,87 @@ def back_test(
     """Rolling-origin back-test: fits budgets up to c_k, predicts every larger one; None with fewer than 4 budgets."""
     params, tokens, loss, budget = (np.asarray(v, np.float64) for v in (params, tokens, loss, budget))
     levels = np.unique(budget)
+    if len(levels) < 4:
+        return None
     rows, needed = [], []
-    for last in levels[1:-1]:
-        inside = budget <= last
-        if inside.sum() < 10 or len(levels) < 4:
-            continue
-        try:
-            fit = fitting.fit_surface(params[inside], tokens[inside], loss[inside], objective=objective, profile=False)
-            drawn = resample(fit, params[inside], tokens[inside], loss[inside], count=count, seed=seed)
-        except ValueError:
-            continue
-        if len(drawn) < count // 2:
-            continue
-        rng = np.random.Generator(np.random.Philox(key=[seed, 78]))
-        for c in levels[levels > last]:
-            new = budget == c
-            at = drawn.derive(lambda s, new=new: s.loss(params[new][None, :], tokens[new][None, :]))
-            noise = rng.choice(fit.residuals - np.median(fit.residuals), size=at.shape)
-            predicted = fit.surface.loss(params[new], tokens[new])
-            spread = np.log(at * np.exp(noise) / predicted)
-            low, high = np.quantile(spread, [0.025, 0.975], axis=0)
-            error = np.log(loss[new] / predicted)
-            rows.append((last, c, error.mean(), ((error >= low) & (error <= high)).mean()))
-            needed += list(np.where(error > 0, error / np.maximum(high, 1e-12), error / np.minimum(low, -1e-12)))
+    origins = levels[1:-1]
+    if len(origins) > ORIGINS:  # a table of scattered computes has dozens
+        origins = origins[np.linspace(0, len(origins) - 1, ORIGINS).round().astype(int)]
+    for last in origins:
+        predicted = _predict(params, tokens, loss, budget, last, levels[levels > last], objective, count, seed)
+        for c, (error, low, high) in predicted.items():
+            rows.append((last, c, error.mean(), _inside(error, low, high).mean()))
+            needed += list(np.where(error > 0, error / np.maximum(high, ROUNDING), error / np.minimum(low, -ROUNDING)))
     if not rows:
         return None
     inflate = max(1.0, float(np.quantile(needed, 0.95, method="higher")))
     return BackTest(*(np.array(c) for c in zip(*rows, strict=True)), inflate)
+
+
+def held_out(
+    params: Any,
+    tokens: Any,
+    loss: Any,
+    budget: Any,
+    *,
+    objective: str = "huber_log_auto",
+    count: int = 300,
+    seed: int = 0,
+) -> float:
+    """The share of the largest budget's rows inside the widened prediction interval of all smaller ones.
+
+    The widening is that of a back-test of the smaller budgets alone, so that nothing of the largest is known: the test
+    of the back-test itself. NaN where the smaller budgets cannot be fitted.
+    """
+    params, tokens, loss, budget = (np.asarray(v, np.float64) for v in (params, tokens, loss, budget))
+    levels = np.unique(budget)
+    below = budget < levels[-1]
+    columns = (params[below], tokens[below], loss[below], budget[below])
+    tested = back_test(*columns, objective=objective, count=count, seed=seed) if below.any() else None
+    wide = tested.inflate if tested is not None else 1.0
+    found = _predict(params, tokens, loss, budget, levels[:-1].max(initial=0), levels[-1:], objective, count, seed)
+    if not found:
+        return math.nan
+    error, low, high = found[levels[-1]]
+    return float(_inside(error, wide * low, wide * high).mean())
+
+
+def _inside(error: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    return (error >= np.minimum(low, -ROUNDING)) & (error <= np.maximum(high, ROUNDING))
+
+
+def _predict(
+    params: np.ndarray,
+    tokens: np.ndarray,
+    loss: np.ndarray,
+    budget: np.ndarray,
+    last: float,
+    levels: np.ndarray,
+    objective: str,
+    count: int,
+    seed: int,
+) -> dict[float, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """{budget: ln(observed / predicted) of its rows, and their 95 % interval} by a fit to the budgets up to `last`."""
+    inside = budget <= last
+    if inside.sum() < 10:
+        return {}
+    try:
+        fit = fitting.fit_surface(params[inside], tokens[inside], loss[inside], objective=objective, profile=False)
+        drawn = resample(fit, params[inside], tokens[inside], loss[inside], count=count, seed=seed)
+    except ValueError:
+        return {}
+    if len(drawn) < count // 2:
+        return {}
+    rng = np.random.Generator(np.random.Philox(key=[seed, 78]))
+    found = {}
+    for c in levels:
+        new = budget == c
+        at = drawn.derive(lambda s, new=new: s.loss(params[new][None, :], tokens[new][None, :]))
+        noise = rng.choice(fit.residuals - np.median(fit.residuals), size=at.shape)
+        predicted = fit.surface.loss(params[new], tokens[new])
+        low, high = np.quantile(np.log(at * np.exp(noise) / predicted), [0.025, 0.975], axis=0)
+        found[float(c)] = np.log(loss[new] / predicted), low, high
+    return found
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@
 import commands
 import metrics
 import overhead
+import scaling
 from measure import QUICK
 
 metrics.main()
+scaling.main()
 commands.main(20 if QUICK else 1000)
 overhead.main(*((160, 1) if QUICK else (2000, 3)))
