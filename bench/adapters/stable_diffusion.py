@@ -397,6 +397,13 @@ def _text_encoder(folder: Path) -> Any:
 def _tokenizer(folder: Path) -> Any:
     from transformers import CLIPTokenizer
 
+    found = {path.name for path in (folder / "tokenizer").iterdir()}
+    if not ("tokenizer.json" in found or {"vocab.json", "merges.txt"} <= found):  # transformers makes do with no words
+        raise Error(
+            f"stable-diffusion: {folder / 'tokenizer'} has neither tokenizer.json nor vocab.json and merges.txt",
+            hint="copy the part again",
+        )
+    _config(folder, "tokenizer", "tokenizer_config.json")  # what pads prompts; transformers would guess
     try:
         return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except (OSError, ValueError, TypeError, RuntimeError, KeyError) as e:

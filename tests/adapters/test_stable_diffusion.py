@@ -440,6 +440,20 @@ def test_a_part_of_another_kind_is_refused(own, file, values, says):
         StableDiffusion(own)
 
 
+def test_a_tokenizer_without_words_or_settings_is_refused(own):
+    kept = {path.name: path.read_bytes() for path in (own / "tokenizer").iterdir()}
+    for name in kept:
+        if name != "tokenizer_config.json":
+            (own / "tokenizer" / name).unlink()
+    with pytest.raises(Error, match="has neither tokenizer.json nor vocab.json"):
+        StableDiffusion(own)
+    for name, data in kept.items():
+        (own / "tokenizer" / name).write_bytes(data)
+    (own / "tokenizer" / "tokenizer_config.json").unlink()
+    with pytest.raises(Error, match=r"tokenizer_config\.json cannot be read"):
+        StableDiffusion(own)
+
+
 @pytest.mark.parametrize("file", ["unet/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"])
 def test_settings_that_are_none_are_refused(own, file):
     (own / file).write_text("[]")
