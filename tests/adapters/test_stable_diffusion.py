@@ -445,7 +445,7 @@ def test_a_tokenizer_without_words_or_settings_is_refused(own):
     for name in kept:
         if name != "tokenizer_config.json":
             (own / "tokenizer" / name).unlink()
-    with pytest.raises(Error, match="has neither tokenizer.json nor vocab.json"):
+    with pytest.raises(Error, match=r"has neither tokenizer\.json nor vocab\.json"):
         StableDiffusion(own)
     for name, data in kept.items():
         (own / "tokenizer" / name).write_bytes(data)
