@@ -24,10 +24,12 @@ ABOUT = (
 
 
 def table(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    n = np.exp(rng.uniform(np.log(5e7), np.log(1e10), ROWS))
-    d = np.exp(rng.uniform(np.log(1e9), np.log(5e11), ROWS))
-    return n, d, Surface(1.69, 406.4, 410.7, 0.34, 0.28).loss(n, d) * np.exp(0.007 * rng.standard_normal(ROWS))
+    """Twelve budgets of twenty sizes each, up to eight times N* on either side."""
+    truth = Surface(1.69, 406.4, 410.7, 0.34, 0.28)
+    c = np.repeat(np.geomspace(1e18, 3e21, 12), ROWS // 12)
+    n = truth.optimum(c)[0] * np.exp(np.tile(np.linspace(-np.log(8), np.log(8), ROWS // 12), 12))
+    d = c / 6 / n
+    return n, d, truth.loss(n, d) * np.exp(0.007 * np.random.default_rng(seed).standard_normal(ROWS))
 
 
 def problem(count: int):
