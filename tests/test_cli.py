@@ -111,7 +111,7 @@ def test_a_wrong_command_line_is_exit_2_with_what_to_do(tmp_path, argv, says):
         ([*SCORE, "--store", "/dev/null/store"], ["Not a directory"]),
         (["score", f"{TOYS}:WhiteBox", "--model", "toy"], [
             "suite `white-box` needs DenoiserAccess; `toy` has TextToImage, ClassToImage, Autoencoder",
-            "suites that run on `toy`: noise, reconstruction"]),
+            "suites that run on `toy`: generation, noise, reconstruction"]),
         (["score", "reconstruction", "--model", "vae", "-m", "weights=nowhere.pt"], ["nowhere.pt"]),
     ],
     ids=lambda v: " ".join(v)[-40:],

@@ -224,7 +224,7 @@ def test_a_missing_capability_is_said_before_anything_is_opened(tmp_path):
     with pytest.raises(Error) as caught:
         go(tmp_path, WhiteBox())
     assert str(caught.value) == "suite `white-box` needs DenoiserAccess; `Painter` has TextToImage"
-    assert caught.value.hint == "suites that run on `Painter`: none" and not (tmp_path / "runs").exists()
+    assert caught.value.hint == "suites that run on `Painter`: generation" and not (tmp_path / "runs").exists()
 
 
 # -- failures

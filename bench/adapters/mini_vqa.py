@@ -20,6 +20,8 @@ class MiniVQA:
     `bench.mini.judges.QUESTIONS`, CLAIMS and STATEMENTS list how it was asked while it learnt.
     """
 
+    size = 32  # px, of the pictures that it knows
+
     def __init__(self, *, device: str = "cpu"):
         self.device = device
         self.classifier = judges.load_classifier(device)

@@ -28,7 +28,7 @@ def chat_model(model: Any, report: Report) -> None:
 
 
 def vqa_model(model: Any, report: Report) -> None:
-    image = (report.pictures(1)[0] + 1) / 2  # float32 [3, H, W] in [0, 1]
+    image = (report.pictures(1, size=getattr(model, "size", None))[0] + 1) / 2  # float32 [3, H, W] in [0, 1]
     choices = ("red", "green", "blue")
     answer = report.call("answer", model.answer, image, "Which colour is it?", choices)
     if answer is None:
