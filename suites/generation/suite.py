@@ -147,7 +147,7 @@ class Generation(Suite):
             "prompt": prompts,
             "cluster": [item.cluster or item.text for item in items],  # pictures of one prompt depend on each other
             "truncated": _truncated(model, prompts),
-            **_attributes(items),
+            **_asked(items, prompts),
         }
         if protocols.get(self.protocol).judge == "geneval":
             keys = ("tag", "include", "exclude")
@@ -161,6 +161,19 @@ def _truncated(model: Any, prompts: Sequence[str]) -> list[bool | None]:
     if not (callable(getattr(model, "tokens", None)) and hasattr(model, "max_tokens")):
         return [None] * len(prompts)
     return [count > model.max_tokens for count in model.tokens(prompts)]
+
+
+def _asked(items: Sequence[Any], prompts: Sequence[str]) -> dict[str, list[Any]]:
+    """The attributes that a prompt says; what a caption leaves open cannot be drawn wrong."""
+    from bench.mini.world import said
+
+    known = _attributes(items)
+    return {
+        name: [
+            value if said(prompt).get(name) == value else None for value, prompt in zip(values, prompts, strict=True)
+        ]
+        for name, values in known.items()
+    }
 
 
 def _attributes(items: Sequence[Any]) -> dict[str, list[Any]]:

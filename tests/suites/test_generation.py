@@ -409,3 +409,19 @@ def test_the_page_shows_prompts_by_seed_and_trade_offs(tmp_path):
     again = tmp_path / "again"
     render(tmp_path / "board.toml", Store(tmp_path / ".bench"), again)
     assert (again / "index.html").read_bytes() == (tmp_path / "out/index.html").read_bytes()
+
+
+def test_what_a_caption_leaves_open_is_not_asked():
+    from bench.types import Item
+    from suites.generation.suite import _asked
+
+    whole = {"shape": "circle", "colour": "red", "background": "blue"}
+    items = [
+        Item("a", text="a circle", attributes=whole),
+        Item("b", text="a red disc on a blue background", attributes=whole),
+    ]
+    assert _asked(items, [str(i.text) for i in items]) == {
+        "shape": ["circle", "circle"],
+        "colour": [None, "red"],
+        "background": [None, "blue"],
+    }
