@@ -542,7 +542,9 @@ def test_a_signal_saves_says_how_to_go_on_and_gives_its_exit_code(tmp_path, numb
     assert f"continue with:\n  bench score {TOYS}:Drawing --model {TOYS}:Painter -p num=200" in done.err
 
 
-def test_a_signal_in_the_middle_of_an_append_waits_until_the_record_is_whole_and_counted(tmp_path, monkeypatch):
+def test_a_signal_in_the_middle_of_an_append_waits_until_the_record_is_whole_and_counted(
+    tmp_path, monkeypatch, request
+):
     real, sent = os.write, []
 
     def interrupted(fd, data):
@@ -553,6 +555,8 @@ def test_a_signal_in_the_middle_of_an_append_waits_until_the_record_is_whole_and
         return real(fd, data)
 
     monkeypatch.setattr(os, "write", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     quiet = Quiet()
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path, quiet=quiet)
