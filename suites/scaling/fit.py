@@ -166,7 +166,7 @@ def fit_surface(
     agreeing = int((solved.objective <= value * (1 + AGREE) + 1e-13 * len(data.x)).sum())
     r = solver.residuals(theta[None], data, criterion)[0]
     j = solver.jacobian(theta[None], data, criterion)[0] @ shape.free
-    psi = np.clip(r, -criterion.delta, criterion.delta) * _sided(r, m, criterion)
+    psi = np.clip(r, -criterion.delta, criterion.delta) * solver.sided(r, m, criterion)
     terms = np.abs(psi[:, None] * j).sum(0)
     gradient = float((np.abs(psi @ j) / np.maximum(terms, 1e-300)).max()) if terms.any() else 0.0
     if value < EXACT:
@@ -292,9 +292,9 @@ def covariance(theta: np.ndarray, data: Data, m: np.ndarray, loss: Loss, form: F
     """
     r = solver.residuals(theta[None], data, loss)[0]
     j = solver.jacobian(theta[None], data, loss)[0] @ form.free
-    sided = _sided(r, m, loss)
-    psi = np.clip(r, -loss.delta, loss.delta) * sided
-    inside = (np.abs(r) <= loss.delta) * sided
+    weighed = solver.sided(r, m, loss)
+    psi = np.clip(r, -loss.delta, loss.delta) * weighed
+    inside = (np.abs(r) <= loss.delta) * weighed
     n, p = j.shape
     bread = np.linalg.pinv((j * inside[:, None]).T @ j, rcond=1e-14)
     meat = (j * (psi**2)[:, None]).T @ j
@@ -392,6 +392,3 @@ def _weights(weights: Any, n: int) -> np.ndarray:
     if m.shape != (n,) or not np.isfinite(m).all() or (m < 0).any() or not m.any():
         raise ValueError(f"weights must be {n} numbers that are finite and not negative, and not all zero")
     return m * (n / m.sum())
-
-
-_sided = solver._sided

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -336,9 +335,3 @@ def _positive(x: Any, y: Any, least: int) -> tuple[np.ndarray, np.ndarray]:
     if len(x) < least:
         raise ValueError(f"this law needs {least} rows or more, not {len(x)}")
     return x, y
-
-
-def best_of(laws: Sequence[Power]) -> Power:
-    """The law of the least sum of squares among those that end at no bound; the first where all do."""
-    inner = [law for law in laws if not law.edge]
-    return min(inner or laws[:1], key=lambda law: law.value)

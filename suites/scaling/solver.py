@@ -7,7 +7,7 @@ certified is worth nothing: every row of a batch says whether it converged.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import NamedTuple
 
@@ -106,14 +106,15 @@ def objective(residual: np.ndarray, weights: np.ndarray, loss: Loss) -> np.ndarr
     """[K] of residuals [K, n] and row weights [K, n] or [n]."""
     size = np.abs(residual)
     value = np.where(size <= loss.delta, 0.5 * residual**2, _linear(size, loss.delta))
-    return (value * _sided(residual, weights, loss)).sum(1)
+    return (value * sided(residual, weights, loss)).sum(1)
 
 
 def _linear(size: np.ndarray, delta: float) -> np.ndarray:
     return delta * (size - 0.5 * delta) if np.isfinite(delta) else 0.0 * size
 
 
-def _sided(residual: np.ndarray, weights: np.ndarray, loss: Loss) -> np.ndarray:
+def sided(residual: np.ndarray, weights: np.ndarray, loss: Loss) -> np.ndarray:
+    """Row weights, multiplied by `loss.over` where the model is above the loss."""
     return weights if loss.over == 1.0 else weights * np.where(residual > 0, loss.over, 1.0)
 
 
@@ -203,7 +204,7 @@ def _polish(theta: np.ndarray, data: Data, weights: np.ndarray, loss: Loss, form
     alive = np.arange(rows)
     theta, y, m = theta.copy(), data.y, weights
     blend, damp, quiet = np.ones(rows), np.full(rows, 1e-6), np.zeros(rows, int)
-    stages = [replace_delta(loss, max(wide, loss.delta)) for wide in WIDE if wide > loss.delta and not loss.raw]
+    stages = [replace(loss, delta=max(wide, loss.delta)) for wide in WIDE if wide > loss.delta and not loss.raw]
     plan = [stage for stage in stages for _ in range(WIDE_STEPS)]
     now = None
     for step in range(LIMIT):
@@ -217,12 +218,12 @@ def _polish(theta: np.ndarray, data: Data, weights: np.ndarray, loss: Loss, form
             quiet[:] = 0
         j = _jacobian(total, shares, d, now) @ form.free
         size = np.abs(r)
-        sided = _sided(r, m, now)
-        psi = np.clip(r, -now.delta, now.delta) * sided
+        weighed = sided(r, m, now)
+        psi = np.clip(r, -now.delta, now.delta) * weighed
         gradient = np.einsum("kn,knp->kp", psi, j)
         with np.errstate(divide="ignore", invalid="ignore"):
             soft = np.where(size > 0, np.minimum(1.0, now.delta / size), 1.0)
-        curve = np.where(size <= now.delta, 1.0, blend[:, None] * soft) * sided
+        curve = np.where(size <= now.delta, 1.0, blend[:, None] * soft) * weighed
         hessian = np.matmul((j * curve[:, :, None]).transpose(0, 2, 1), j)
         scale = np.sqrt(np.einsum("kii->ki", hessian))
         scale = np.maximum(scale, 1e-12 * scale.max(1, keepdims=True) + 1e-150)  # a term that has vanished stays
@@ -267,8 +268,3 @@ def _polish(theta: np.ndarray, data: Data, weights: np.ndarray, loss: Loss, form
         out.theta[alive], out.objective[alive], out.iterations[alive] = theta, value, LIMIT
         out.converged[alive] = quiet >= 2
     return out
-
-
-def replace_delta(loss: Loss, delta: float) -> Loss:
-    """The same objective with another threshold."""
-    return Loss(delta, loss.raw, loss.over)
