@@ -125,7 +125,7 @@ def _analysis(table: Table) -> tuple[Any, str]:
     try:
         measure.one_cell([str(s) for s in table.column("signature")])
         runs = ingest(table.rows, named)
-        kappa = float(np.median(runs.flops / (runs.params * runs.tokens)))
+        kappa = runs.kappa
         return analysis.analyse(runs, kappa=kappa, seed=table.seed), ""
     except ValueError as e:
         return None, str(e)
@@ -148,7 +148,7 @@ class ScalingFit:
         objectives = "huber_log_auto, huber_log, ls_log, ls_raw, lad_log or asym"
         law.add_argument("--objective", default="huber_log_auto", metavar="NAME", help=objectives)
         law.add_argument("--form", default="full", metavar="NAME", help="full, tied (alpha = beta) or no_floor (E = 0)")
-        law.add_argument("--kappa", type=float, default=6.0, metavar="X", help="FLOPs per parameter and token (6)")
+        law.add_argument("--kappa", type=float, metavar="X", help="FLOPs per parameter and token (as counted, else 6)")
         law.add_argument("--resampling", default="", metavar="KIND", help="pairs, cluster, residual, wild, parametric")
         law.add_argument("--resamples", type=int, default=1000, metavar="N", help="how many (1,000)")
         law.add_argument("--seed", type=int, default=0, metavar="N", help="of the resamples (0)")
@@ -160,11 +160,11 @@ class ScalingFit:
     def __call__(self, rows: Path | Sequence[Mapping[str, Any]], source: str, args: Namespace) -> Finding:
         """Fits a file or rows. Raises Error for a table that cannot be used, UsageError for an unknown name."""
         from suites.scaling import analysis, fit
-        from suites.scaling.table import TableError, dropped_lines, ingest, read_rows
+        from suites.scaling.table import KAPPA, TableError, dropped_lines, ingest, read_rows
 
         if args.resamples < 2:
             raise UsageError(f"--resamples {args.resamples} must be 2 or more")
-        if not args.kappa > 0:
+        if args.kappa is not None and not args.kappa > 0:
             raise UsageError(f"--kappa {args.kappa:g} must be more than 0")
         if any(not c > 0 for c in args.at):
             raise UsageError("--at must be more than 0 FLOPs")
@@ -181,7 +181,8 @@ class ScalingFit:
             where[heading] = value
         try:
             table = read_rows(rows) if isinstance(rows, Path) else rows
-            runs = ingest(table, named, where=where, kappa=args.kappa, best_of_twins=not args.keep_twins)
+            runs = ingest(table, named, where=where, kappa=args.kappa or KAPPA, best_of_twins=not args.keep_twins)
+            kappa = args.kappa or (KAPPA if runs.derived else runs.kappa)
             found = analysis.analyse(
                 runs,
                 objective=args.objective,
@@ -190,7 +191,7 @@ class ScalingFit:
                 count=args.resamples,
                 seed=args.seed,
                 at=args.at,
-                kappa=args.kappa,
+                kappa=kappa,
             )
             proposals = analysis.propose_grid(found) if args.propose_grid else []
         except TableError as e:
@@ -207,6 +208,7 @@ class ScalingFit:
             notes=(
                 *(f"{name} read from {heading!r}" for name, heading in runs.columns.items()),
                 *runs.notes,
+                f"N* and D* lie on C = {kappa:.3g} N D",
                 *(f"not used, {line}" for line in dropped_lines(runs)),
                 *([f"resampling: {found.resampling}"] if found.resampling else []),
             ),

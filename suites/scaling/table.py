@@ -135,6 +135,11 @@ class Runs:
     def __len__(self) -> int:
         return len(self.loss)
 
+    @property
+    def kappa(self) -> float:
+        """FLOPs per parameter and token, the median of C / (N D)."""
+        return float(np.median(self.flops / (self.params * self.tokens)))
+
     def take(self, index: np.ndarray) -> Runs:
         """The rows of an index or a mask."""
         index = np.flatnonzero(index) if np.asarray(index).dtype == bool else np.asarray(index)
