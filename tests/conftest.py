@@ -15,6 +15,10 @@ settings.register_profile("touchstone", deadline=None, suppress_health_check=[He
 settings.load_profile("touchstone")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full-size", action="store_true", help="tests of survival make all of their trials")
+
+
 @pytest.fixture(autouse=True)
 def own_settings(monkeypatch):
     """A test sees the defaults, whatever the user has set."""
