@@ -9,6 +9,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+from dashboard import pytest_terminal_summary, size, tally  # noqa: F401  (fixtures and a hook, for all tests)
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("touchstone", deadline=None, suppress_health_check=[HealthCheck.too_slow])
