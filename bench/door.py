@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import secrets
 import shutil
@@ -33,10 +34,25 @@ def make_folder(folder: Path) -> Path:
         missing.append(folder)
         folder = folder.parent
     with _explained("create", missing[0] if missing else folder):
+        with contextlib.suppress(PermissionError):
+            if _is_empty(folder):  # a process that was killed may have made it, but not yet durable
+                sync_folder(folder.parent)
         for path in reversed(missing):
-            path.mkdir(exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path)
             sync_folder(path.parent)
     return missing[0] if missing else folder
+
+
+def _is_empty(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        return next(entries, None) is None
+
+
+def settle(path: Path) -> None:
+    """Makes the name of a file that was found whole durable: who wrote it may have been killed before that."""
+    with _explained("write", path):
+        sync_folder(path.parent)
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -78,7 +94,7 @@ def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
         make_folder(path.parent)
         temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
         old = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.old")
-        temporary.mkdir()
+        os.mkdir(temporary)
         try:
             fill(temporary)
             for folder, _, files in os.walk(temporary):
@@ -98,6 +114,13 @@ def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def sweep(path: Path) -> None:
+    """Removes what a `replace` or `replace_folder` of `path` left beside it when it was killed. Hold its lock."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.*"):
+        if left.suffix in (".tmp", ".old"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
 def truncate(path: Path, size: int) -> None:
     """Cuts a file to its first `size` bytes, durably."""
     with _explained("cut", path):
@@ -115,10 +138,13 @@ class Appender:
     def __init__(self, path: Path):
         self.path = path
         with _explained("open", path):
-            new = not path.exists()
             self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-            if new:
-                sync_folder(path.parent)
+            try:
+                if os.fstat(self.fd).st_size == 0:  # new, or made by a process killed before its name was durable
+                    sync_folder(path.parent)
+            except BaseException:
+                self.close()
+                raise
 
     def append(self, data: bytes) -> None:
         if self.fd < 0:

@@ -118,7 +118,9 @@ class Store:
             raise ValueError(f"suffix {suffix!r} is not one of {sorted(SUFFIXES)}")
         address = digest(data) + suffix
         path = self.path(address)
-        if not (path.is_file() and path.read_bytes() == data):  # what was damaged is written again
+        if path.is_file() and not path.is_symlink() and path.read_bytes() == data:
+            door.settle(path)
+        else:  # new, or damaged
             door.make_folder(path.parent)
             door.replace(path, data)
         return address

@@ -1,0 +1,3 @@
+"""Fixtures that tests of survival share."""
+
+from faults import memory, quick  # noqa: F401

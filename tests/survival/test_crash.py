@@ -1,0 +1,400 @@
+"""Killed at any moment, or the power gone: what was reported as saved is there, and the same command ends with the same
+bytes as an undisturbed run."""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import faults
+import pytest
+import toys
+from faults import (
+    Acks,
+    Dead,
+    Disk,
+    Dying,
+    Recorder,
+    Replay,
+    Wordy,
+    crash_states,
+    in_child,
+    lay_out,
+    lines_of,
+    measure,
+    outcome,
+    the_run,
+    truth,
+)
+
+from bench import Store
+from bench.execution import derive
+from bench.store import heal, record_line
+
+TOYS = str(Path(toys.__file__).resolve())
+SUITE = Wordy(num=8)
+
+
+def whole(folder, suite=SUITE):
+    """An undisturbed run: (what its records say, its scores.csv, its records in the order of their units)."""
+    run = measure(folder, suite)
+    assert run.complete()
+    return truth(run), (run.path / "scores.csv").read_bytes(), sorted(run.records().values(), key=lambda r: r.unit)
+
+
+def harm(folder, acked, true):
+    """What a restart must not find: (records lost that were acknowledged, records that nobody measured)."""
+    run = the_run(folder)
+    found = truth(run) if run else {}
+    lost = sum(key not in found for key in acked)
+    false = sum(true.get(key) != value for key, value in found.items())
+    if run:
+        counted = Counter(lines_of(run))
+        false += sum(n - 1 for n in counted.values())  # measured twice though it was there
+    return lost, false
+
+
+# -- killed at random moments
+
+
+class InPieces(Disk):
+    """Writes at most 512 bytes at a time, as a slow disk may: a kill falls between two pieces."""
+
+    def meet(self, operation, act):
+        return act(512) if operation.kind == "write" else act()
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_killed_at_random_while_records_are_appended(memory, quick, tally, size, part):
+    seed = 20261201 + part
+    print("seed", seed)
+    rng = random.Random(seed)
+    suite = Wordy(num=120, chunk=2)
+    true, scores, records = whole(memory / "whole", suite)
+    calm = the_run(memory / "whole")
+    features = {a: calm.store.get(a) for r in records for a in r.blobs.values()}
+
+    def save(run, log, record):
+        for address in record.blobs.values():
+            run.store.put(features[address], ".npy")
+        log.append(record_line(record))
+
+    goal, per_run = size(500, 50), 25
+    kills = lost = false = broken = torn = 0
+    names = (memory / f"run-{i}" for i in range(10 * goal))
+    while kills < goal:
+        folder = next(names)
+        run = Store(folder).open(calm.spec, {k: v for k, v in calm.meta.items() if k not in ("format", "spec")})
+        here, acked = 0, []
+        while here < per_run and kills < goal:
+            have = run.records()
+            waiting = [r for r in records if r.key not in have]
+            if not waiting:
+                break
+
+            def append(ack, waiting=waiting, run=run):
+                with InPieces().at_work(), run.writer() as log:
+                    ack("ready")
+                    for record in waiting:
+                        save(run, log, record)
+                        ack(record.key)
+
+            pid, reader = in_child(append)
+            os.read(reader, len(b"ready\n"))
+            time.sleep(rng.uniform(0, 0.004))
+            os.kill(pid, signal.SIGKILL)
+            code, said = outcome(pid, reader)
+            acked += said
+            if code != -signal.SIGKILL:
+                continue
+            here, kills = here + 1, kills + 1
+            torn += run.log("").exists() and not run.log("").read_bytes().endswith(b"\n")
+            a, b = harm(folder, acked, true)
+            lost, false, broken = lost + a, false + b, broken + bool(a or b)
+        with run.writer() as log:
+            have = run.records()
+            for record in records:
+                if record.key not in have:
+                    save(run, log, record)
+        derive(run, suite)
+        broken += (run.path / "scores.csv").read_bytes() != scores or truth(run) != true
+        shutil.rmtree(folder)
+    tally("kills", kills - broken, kills, lost=lost, false=false)
+    print(f"{kills} kills, {torn} of them inside a record")
+    assert broken == lost == false == 0
+    assert torn > kills // 50  # the kills fell where they hurt
+
+
+def test_the_command_killed_until_it_is_complete(tmp_path, tally, size):
+    """The real command in its own process group; the work of a kill that is lost is the unit in hand."""
+    seed = 20261203
+    print("seed", seed)
+    rng = random.Random(seed)
+    goal, units = size(25, 1), 80
+    journal = tmp_path / "journal"
+
+    def argv(where):
+        fields = ("-p", f"num={2 * units}", "-p", "pause=0.02", "-p", f"journal={where}")
+        names = ("score", f"{faults.HERE}:Journal", "--model", f"{TOYS}:Painter")
+        return [sys.executable, "-m", "bench", *names, *fields, "--devices", "cpu", "--keep", "none"]
+
+    rough, calm = tmp_path / "rough", tmp_path / "calm"
+    kills = lost = false = broken = lives = 0
+    names = (rough / str(i) for i in range(1000))
+    while kills < goal:
+        folder = next(names)
+        folder.mkdir(parents=True)
+        journal.unlink(missing_ok=True)
+        here = saved = 0
+        while True:
+            process = subprocess.Popen(
+                argv(journal), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            )
+            lives += 1
+            try:
+                code = process.wait(None if here >= 6 or kills >= goal else rng.uniform(0.4, 2.5))
+                break
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                if process.wait() != -signal.SIGKILL:
+                    continue
+                here, kills = here + 1, kills + 1
+                run = the_run(folder / ".bench")
+                now = len(run.records()) if run else 0
+                lost += max(0, saved - now)
+                saved = now
+        run = the_run(folder / ".bench")
+        begun = journal.read_text().splitlines()
+        bytes_of = (run.path / "scores.csv").read_bytes()
+        if not calm.exists():
+            calm.mkdir()
+            done = subprocess.run(argv(journal), cwd=calm, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        calm_run = the_run(calm / ".bench")
+        again = len(begun) - len(set(begun))  # a trial of two items, and one unit in hand at each kill
+        same = bytes_of == (calm_run.path / "scores.csv").read_bytes() and truth(run) == truth(calm_run)
+        false += not same
+        broken += code != 0 or not same or again > 2 * here + 1
+    tally("kills", kills - min(kills, broken), kills, lost=lost, false=false)
+    assert broken == lost == 0
+
+
+# -- dead at every operation
+
+
+def dying(folder, number, when):
+    """A run in a child that dies at one operation; (exit code, keys that were reported as saved)."""
+
+    def work(ack):
+        with Dying(number, when).at_work():
+            measure(folder, SUITE, Acks(ack))
+
+    return outcome(*in_child(work))
+
+
+def operations(folder, run):
+    """The operations that a run makes."""
+    with Recorder().at_work() as disk:
+        run(folder)
+    return [o for o in disk.log if not isinstance(o, str)]
+
+
+def test_dead_at_every_operation(memory, quick, tally, size):
+    true, scores, _ = whole(memory / "whole")
+    made = operations(memory / "recorded", lambda folder: measure(folder, SUITE))
+    deaths = [(o, when) for o in made for when in ("before", "after")]
+    deaths += [(o, part) for o in made if o.kind == "write" for part in (0.01, 0.5, 0.99)]
+    deaths = deaths[:: size(1, 4)]
+    died = passed = lost = false = 0
+    for i, (operation, when) in enumerate(deaths):
+        folder = memory / f"death-{i}"
+        code, acked = dying(folder, operation.number, when)
+        assert code == 86, (operation, when)  # it died there and nowhere else
+        a, b = harm(folder, acked, true)
+        code, more = dying(folder, i * 7 % 23 + 1, "before")  # the restart dies, too, early: where it heals
+        here = 1 + (code == 86)
+        if here == 2:
+            a, b = map(sum, zip((a, b), harm(folder, acked + more, true), strict=True))
+        run = measure(folder, SUITE)
+        same = (run.path / "scores.csv").read_bytes() == scores and truth(run) == true
+        lost, false, died, passed = lost + a, false + b, died + here, passed + here * (same and a == b == 0)
+        shutil.rmtree(folder)
+    tally("crash states", passed, died, lost=lost, false=false)
+    print(f"{len(made)} operations, {died} deaths")
+    assert passed == died and len(made) >= 60
+
+
+# -- the power gone
+
+
+def check_state(folder, notes, true, scores):
+    """Heals what a power cut left, checks it, and finishes the run. Gives (lost, false, what else is wrong)."""
+    wrong = []
+    acked = [n for n in notes if n in true]
+    lost, false = harm(folder, acked, true)
+    run = the_run(folder)
+    if run:
+        said = []
+        before = run.log("").read_bytes() if run.log("").exists() else b""
+        with run.writer("", said.append):
+            pass
+        healed = {p.name: p.read_bytes() for p in run.path.glob("units.*")}
+        if before != healed.get("units.jsonl", b"") and not said and before + b"\n" != healed["units.jsonl"]:
+            wrong.append("cut and not told")
+        with run.writer("", said.append):
+            pass
+        if healed != {p.name: p.read_bytes() for p in run.path.glob("units.*")}:
+            wrong.append("healed twice is not healed once")
+        again = harm(folder, acked, true)
+        if again != (lost, false):
+            wrong.append("healing lost records")
+        for key in acked:
+            for address in true[key][3].values():
+                if run.store.path(address).is_file() is False or not run.store.get(address):
+                    lost += 1
+    run = measure(folder, SUITE)
+    if (run.path / "scores.csv").read_bytes() != scores or truth(run) != true:
+        wrong.append("other bytes")
+    return lost, false, wrong
+
+
+def scenarios(base, rng, true, records, count):
+    """(what is on the disk, the log of operations from there, with a note of each record that was acknowledged)."""
+
+    def recorded(name, fill=lambda folder: None, lives=(None,), **more):
+        folder = base / name / "store"
+        folder.mkdir(parents=True)
+        fill(folder)
+        before = base / name / "before"
+        shutil.copytree(folder, before)
+        log = []
+        for dies_at in lives:
+            disk = Recorder(dies_at)
+            with disk.at_work(), contextlib.suppress(Dead):
+                measure(folder, SUITE, Acks(disk.note), **more)
+            log += disk.log
+        shift = Replay(before)  # the log names paths below `folder`: read them as below `before`
+        return before, [moved(o, str(folder), shift.root) for o in log]
+
+    def begun(damage):
+        def fill(folder):
+            calm = the_run(base.parent / "whole")
+            run = Store(folder).open(calm.spec, {k: v for k, v in calm.meta.items() if k not in ("format", "spec")})
+            with run.writer() as log:
+                for record in records[:2]:
+                    for address in record.blobs.values():
+                        run.store.put(calm.store.get(address), ".npy")
+                    log.append(record_line(record))
+            data = run.log("").read_bytes()
+            run.log("").write_bytes(damage(data))
+
+        return fill
+
+    yield recorded("from nothing")
+    yield recorded("after a torn line", begun(lambda data: data[:-700]))
+    yield recorded(
+        "after a damaged line", begun(lambda data: data.replace(b"psn", b"PSN").replace(b"item-001", b"X", 1))
+    )
+    yield recorded("without the last newline", begun(lambda data: data[:-1]))
+    yield recorded("with zeros at the end", begun(lambda data: data + bytes(4096)))
+    length = len(operations(base / "counted", lambda folder: measure(folder, SUITE)))
+    for i in range(count):  # killed once or more, continued, and then the power goes
+        lives = (*(rng.randrange(1, length + 1) for _ in range(1 + i % 3)), None)
+        yield recorded(f"killed at {lives} {i}", lives=lives)
+
+
+def moved(step, old, new):
+    if isinstance(step, str):
+        return step
+    target = new + step.target[len(old) :] if step.target else ""
+    return replace(step, path=new + step.path[len(old) :], target=target)
+
+
+def test_the_power_goes_at_every_moment(memory, quick, tally, size):
+    seed = 20261204
+    print("seed", seed)
+    rng = random.Random(seed)
+    true, scores, records = whole(memory / "whole")
+    goal = size(2000, 200)
+    states = []
+    for base, log in scenarios(memory / "recorded", rng, true, records, size(24, 6)):
+        found = list(crash_states(base, log, rng, 64))
+        print(f"{len(found)} states, {base.parent.name}")
+        states += found
+    rng.shuffle(states)
+    assert len(states) >= goal
+    passed = lost = false = 0
+    problems = Counter()
+    for i, (tree, notes) in enumerate(states[:goal]):
+        folder = memory / f"state-{i}"
+        lay_out(tree, folder)
+        a, b, wrong = check_state(folder, notes, true, scores)
+        lost, false, passed = lost + a, false + b, passed + (not wrong and a == b == 0)
+        problems.update(wrong)
+        shutil.rmtree(folder)
+    tally("crash states", passed, goal, lost=lost, false=false)
+    assert passed == goal, problems
+
+
+def test_the_model_of_a_power_cut_loses_what_was_not_made_durable(memory, quick):
+    """The states are not harmless: without an fsync of the file or of the folder acknowledged records are lost."""
+    true, _, _ = whole(memory / "whole")
+    rng = random.Random(1)
+    for name, skipped in (("file", "sync"), ("folder", "sync folder")):
+        folder = memory / name
+        folder.mkdir()
+        disk = Recorder()
+        with disk.at_work():
+            measure(folder, SUITE, Acks(disk.note))
+        log = [o for o in disk.log if isinstance(o, str) or o.kind != skipped]
+        lost = 0
+        base = memory / f"{name}-base"
+        base.mkdir()
+        for i, (tree, notes) in enumerate(crash_states(base, [moved(o, str(folder), str(base)) for o in log], rng, 4)):
+            state = memory / f"{name}-{i}"
+            lay_out(tree, state)
+            with contextlib.suppress(Exception):
+                lost += harm(state, [n for n in notes if n in true], true)[0]
+            shutil.rmtree(state)
+        assert lost, name
+
+
+def test_a_healing_that_dies_anywhere_is_done_again_with_the_same_result(memory, quick, tally):
+    whole(memory / "whole")
+    calm = the_run(memory / "whole")
+    lines = calm.log("").read_bytes().splitlines(keepends=True)
+    damaged = {
+        "torn": b"".join(lines)[:-300],
+        "middle": lines[0] + lines[1].replace(b"item", b"itam", 1) + lines[2],
+        "both": lines[0].replace(b"text", b"texd", 1) + lines[1] + lines[2][:1000],
+        "unended": b"".join(lines)[:-1],
+        "joined": lines[0][:-1] + lines[1] + lines[2],
+    }
+    trials = passed = 0
+    for name, data in damaged.items():
+        once = memory / name / "once" / "units.jsonl"
+        once.parent.mkdir(parents=True)
+        once.write_bytes(data)
+        heal(once)
+        result = {p.name: p.read_bytes() for p in once.parent.iterdir()}
+        for number in range(1, 100):
+            path = memory / name / str(number) / "units.jsonl"
+            path.parent.mkdir()
+            path.write_bytes(data)
+            disk = Recorder(dies_at=number)
+            with disk.at_work(), contextlib.suppress(Dead):
+                heal(path)
+            if not disk.fired:
+                break
+            heal(path)
+            found = {p.name: p.read_bytes() for p in path.parent.iterdir() if p.suffix != ".tmp"}
+            trials, passed = trials + 1, passed + (found == result)
+    tally("healings killed", passed, trials)
+    assert passed == trials > 20
