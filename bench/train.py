@@ -8,7 +8,6 @@ import math
 import pickle
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from bench.identity import canonical, digest, seed_for
 from bench.pictures import batch_of
 from bench.provenance import collect
 from bench.recipe import Recipe, TrainContext
+from bench.text import say
 from bench.types import Error
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Run(TrainContext):
                 if content["parts"].keys() != parts.keys():
                     raise Damaged("it holds other parts")
             except Damaged as e:
-                print(f"note: {path} is damaged ({e}); trying the state before it", file=sys.stderr)
+                say(f"note: {path} is damaged ({e}); trying the state before it")
                 continue
             for name, part in parts.items():
                 try:
@@ -109,9 +109,7 @@ class Run(TrainContext):
         }
         wrong = not_finite(content)
         if wrong:
-            raise Error(
-                f"step {len(self.losses) - 1}: {wrong} is not finite; the state before it is kept in {self.folder}"
-            )
+            raise self.exploded(f"{wrong} is not finite")
         payload = io.BytesIO()
         torch.save(content, payload)
         header = {
@@ -129,6 +127,13 @@ class Run(TrainContext):
                 other.unlink()
         self.newest = path
         self.saved = time.monotonic()
+
+    def exploded(self, what: str) -> Error:
+        """The end of a run whose last step gave NaN or infinity; the curve up to it is written."""
+        door.replace(self.folder / "loss.csv", loss_table(self.losses))
+        kept = f"the last good state is kept in {self.folder}" if self.newest else "no state was saved before it"
+        hint = "a smaller learning rate may help; it belongs to another --out"
+        return Error(f"step {len(self.losses) - 1}: {what}; {kept}", hint=hint)
 
 
 def train(
@@ -159,14 +164,15 @@ def train(
         raise Error(f"recipe {recipe.name} starts from a model with {', '.join(missing)}", hint="name one with --model")
     out = Path(out)
     identity = digest([FORMAT, recipe.name, recipe.version, dict(spec), seed])
-    if _finished(out, identity):
-        return out
     folder = out.with_name(out.name + ".training")
+    if _finished(out, identity) and not folder.exists():
+        return out
     door.make_folder(folder)
     with door.lock(folder / "lock", f"{out}"):
         if _finished(out, identity):  # by the process that held the lock before
             shutil.rmtree(folder)
             return out
+        door.sweep(out)
         run = Run(recipe, folder, identity, seed, device, manifest)
         trained = _steps(run, model, progress, save_every)
         facts = {
@@ -206,12 +212,7 @@ def _steps(run: Run, model: Any, progress: Callable | None, save_every: float) -
                 raise Error(f"step {done - 1}: the losses are {', '.join(losses)}, before {', '.join(run.losses[0])}")
             bad = [name for name, value in losses.items() if not math.isfinite(value)]
             if bad:
-                door.replace(run.folder / "loss.csv", loss_table(run.losses))
-                kept = f"the last good state is kept in {run.folder}" if run.newest else "no state was saved before it"
-                raise Error(
-                    f"step {done - 1}: {bad[0]} is {losses[bad[0]]}; {kept}",
-                    hint="a smaller learning rate may help; it belongs to another --out",
-                )
+                raise run.exploded(f"{bad[0]} is {losses[bad[0]]}")
             if done == run.recipe.total or arrived or time.monotonic() - run.saved >= save_every:
                 run.save()
             if progress:
@@ -224,10 +225,12 @@ def read_state(path: Path, recipe: Recipe, identity: str) -> dict[str, Any]:
     """parts, names and losses of a state; raises Damaged, or Error when it belongs to something else."""
     import torch
 
-    head, _, payload = path.read_bytes().partition(b"\n")
     try:
+        head, _, payload = path.read_bytes().partition(b"\n")
         header = json.loads(head)
-    except ValueError:
+    except OSError as e:
+        raise Damaged(f"it cannot be read: {e.strerror}") from None
+    except (ValueError, RecursionError):
         raise Damaged("its first line cannot be read") from None
     if not isinstance(header, dict) or digest(payload) != header.get("sha256"):
         raise Damaged("its checksum is wrong")
@@ -242,10 +245,26 @@ def read_state(path: Path, recipe: Recipe, identity: str) -> dict[str, Any]:
         content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise Damaged("it holds more than tensors and numbers") from None
+    except (RuntimeError, ValueError, KeyError, EOFError, AttributeError):  # what torch raises on what it did not write
+        raise Damaged("its tensors cannot be read") from None
+    if not _is_state(content, header.get("step")):
+        raise Damaged("it does not hold parts and losses")
     wrong = not_finite(content)
     if wrong:
         raise Damaged(f"{wrong} is not finite")
     return content
+
+
+def _is_state(content: Any, step: Any) -> bool:
+    """Parts by name, and a row of named losses for each of the steps done."""
+    import torch
+
+    if not isinstance(content, dict) or content.keys() != {"parts", "names", "losses"}:
+        return False
+    parts, names, losses = content["parts"], content["names"], content["losses"]
+    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    table = isinstance(losses, torch.Tensor) and named and losses.shape == (step, len(names))
+    return isinstance(parts, dict) and table
 
 
 def not_finite(value: Any, name: str = "state") -> str:
@@ -269,7 +288,15 @@ def loss_table(losses: list[dict[str, float]]) -> bytes:
 
 
 def _export(run: Run, trained: Any, facts: Mapping[str, Any], target: Path) -> None:
-    run.recipe.export(trained, target)
+    from safetensors import SafetensorError
+
+    try:
+        run.recipe.export(trained, target)
+    except SafetensorError as e:  # also where the disk is full
+        raise Error(
+            f"cannot write what {run.recipe.name} made: {e}",
+            hint=f"its last state is kept in {run.folder}; make room, then run the same command again",
+        ) from e
     for path in target.rglob("*"):
         if path.is_file():  # safetensors writes files that nobody else may read
             path.chmod(target.stat().st_mode & 0o666)
