@@ -19,6 +19,9 @@ from bench.types import Error
 
 MAX_BYTES = 64 * 2**20  # a file
 MAX_PIXELS = 64 * 10**6  # a picture
+GREEDY = {"WEBP": MAX_PIXELS // 2, "JPEG2000": MAX_PIXELS // 2}  # whose decoders take twice the memory of others
+MAX_SCANS = 64  # passes over a progressive JPEG: encoders make about ten, and each costs as much as a whole picture
+STRIP = 4 * 2**20  # pixels that are converted at a time
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 
@@ -32,7 +35,7 @@ RULES = (
 
 _HEADER = threading.Lock()  # warnings.catch_warnings changes the whole process
 _BROKEN = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError)
-_BROKEN += (EOFError, RuntimeError, struct.error, zlib.error, MemoryError)  # what Pillow raises on damaged files
+_BROKEN += (EOFError, RuntimeError, struct.error, zlib.error)  # what Pillow raises on damaged files
 
 
 def read(source: str | Path | bytes, name: str = "") -> np.ndarray:
@@ -52,7 +55,9 @@ def read(source: str | Path | bytes, name: str = "") -> np.ndarray:
     except Error:
         raise
     except Image.DecompressionBombError:
-        raise _too_many_pixels(name) from None
+        raise _too_many_pixels(name, MAX_PIXELS) from None
+    except MemoryError:
+        raise Error(f"{name} needs more memory than there is", hint="make it smaller or leave it out") from None
     except UnidentifiedImageError:
         raise Error(f"{name} is not a picture that can be read", hint=f"formats: {', '.join(FORMATS)}") from None
     except _BROKEN as e:
@@ -83,8 +88,8 @@ def read_bytes(path: str | Path) -> bytes:
         os.close(fd)
 
 
-def _too_many_pixels(name: str) -> Error:
-    return Error(f"{name} has more than {MAX_PIXELS:,} pixels", hint="make it smaller or leave it out")
+def _too_many_pixels(name: str, limit: int) -> Error:
+    return Error(f"{name} has more than {limit:,} pixels", hint="make it smaller or leave it out")
 
 
 def _open(Image, data: bytes):
@@ -95,8 +100,11 @@ def _open(Image, data: bytes):
 
 def _decode(Image, data: bytes, name: str) -> np.ndarray:
     image = _open(Image, data)
-    if image.width * image.height > MAX_PIXELS:
-        raise _too_many_pixels(name)
+    limit = GREEDY.get(image.format, MAX_PIXELS)
+    if image.width * image.height > limit:
+        raise _too_many_pixels(name, limit)
+    if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
+        raise Error(f"{name} is a JPEG of more than {MAX_SCANS} scans", hint="save it again, or leave it out")
     if image.format == "PNG":  # Pillow checks the checksums of pixels only here
         image.verify()
         image = _open(Image, data)
@@ -108,9 +116,21 @@ def _decode(Image, data: bytes, name: str) -> np.ndarray:
         else:
             raise Error(f"{name} has more than one frame", hint="save the frame that is meant as a file of its own")
     image.load()
+    if image.mode in ("F", "I", "LAB", "HSV") or (image.mode.startswith("I;") and not image.mode.startswith("I;16")):
+        message = f"{name} has mode {image.mode}, which has no agreed range"
+        raise Error(message, hint="save it as 8-bit or 16-bit RGB")
+    if image.width * image.height <= STRIP:
+        return _converted(image, name)
+    pixels = np.empty((image.height, image.width, 3), np.uint8)  # whole copies would add up to a gigabyte
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        part = image.crop((0, top, image.width, min(top + rows, image.height)))
+        pixels[top : top + rows] = _converted(part, name)
+    return pixels
+
+
+def _converted(image, name: str) -> np.ndarray:
     mode = image.mode
-    if mode in ("F", "I", "LAB", "HSV") or (mode.startswith("I;") and not mode.startswith("I;16")):
-        raise Error(f"{name} has mode {mode}, which has no agreed range", hint="save it as 8-bit or 16-bit RGB")
     if mode.startswith("I;16"):
         values = np.asarray(image)
         if image.info.get("transparency") is not None and (values == image.info["transparency"]).any():
@@ -235,5 +255,5 @@ def format_of(path: str | Path) -> str:
                 return "JPEG" if image.format == "MPO" else str(image.format)
     except (UnidentifiedImageError, Image.DecompressionBombError):
         raise Error(f"{path} is not a picture that can be read", hint=f"formats: {', '.join(FORMATS)}") from None
-    except _BROKEN as e:
+    except (*_BROKEN, MemoryError) as e:
         raise Error(f"{path} cannot be read: {str(e) or type(e).__name__}", hint="replace the file") from None

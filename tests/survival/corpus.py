@@ -1,0 +1,274 @@
+"""Files that were made to do harm, built here from their parts, none of them stored; and a child that reads them."""
+
+import io
+import os
+import pickle
+import random
+import resource
+import select
+import signal
+import struct
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+# -- a child with limits
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a limited child gave back, or how it died; `peak` is its memory above the start in bytes."""
+
+    value: object = None
+    died: str = ""
+    seconds: float = 0.0  # of the processor
+    peak: int = 0
+
+
+def limited(work, memory: int = 2**30, seconds: int = 5, patience: float = 60.0) -> Outcome:
+    """work() in a forked child that may map `memory` bytes more than it has and compute for `seconds`.
+
+    `patience` is for what waits instead of computing, such as a pipe that nobody writes to.
+    """
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            mapped, resident = (
+                int(n) * resource.getpagesize() for n in Path("/proc/self/statm").read_text().split()[:2]
+            )
+            resource.setrlimit(resource.RLIMIT_AS, (mapped + memory,) * 2)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            begin = time.process_time()
+            resource.setrlimit(resource.RLIMIT_CPU, (int(begin) + seconds + 1,) * 2)
+            value = work()
+            spent = time.process_time() - begin
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident
+            with os.fdopen(writer, "wb") as pipe:
+                pickle.dump((value, spent, peak), pipe)
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        if select.select([pipe], [], [], patience)[0]:
+            data = pipe.read()
+        else:
+            os.kill(pid, signal.SIGKILL)
+            data = b""
+    _, status = os.waitpid(pid, 0)
+    if status or not data:
+        code = os.waitstatus_to_exitcode(status)
+        return Outcome(died=f"signal {-code}" if code < 0 else f"exit {code}")
+    value, spent, peak = pickle.loads(data)
+    return Outcome(value, seconds=spent, peak=peak)
+
+
+# -- pictures
+
+RAMP = np.add.outer(np.arange(24), 5 * np.arange(31)).astype(np.uint8)
+COLOUR = np.stack([RAMP, 255 - RAMP, RAMP // 2], axis=2)
+GREY = np.repeat(RAMP[..., None], 3, axis=2)
+WIDE = np.linspace(0, 65535, 24 * 31).astype(np.uint16).reshape(24, 31)
+WIDE3 = np.stack([WIDE, WIDE[::-1], WIDE.T.reshape(24, 31)], axis=2)
+BITS = (RAMP > 60).astype(np.uint8) * 255
+NOISE = np.random.default_rng(3).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+
+def encoded(pixels, kind="PNG", mode=None, **options) -> bytes:
+    picture = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    file = io.BytesIO()
+    (picture.convert(mode) if mode else picture).save(file, kind, **options)
+    return file.getvalue()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, depth: int, colour: int, rows: bytes, *extra: bytes) -> bytes:
+    """A PNG from its parts: what Pillow does not write."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(extra) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def sixteen_bit(values: np.ndarray) -> bytes:
+    """A PNG of 16 bits a channel, grey or colour."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    return png(values.shape[1], values.shape[0], 16, 2 if values.ndim == 3 else 0, zlib.compress(rows))
+
+
+def rgba(alpha: int) -> np.ndarray:
+    return np.dstack([COLOUR, np.full(RAMP.shape, alpha, np.uint8)])
+
+
+def with_orientation() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(COLOUR, exif=exif)
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A black PNG that is a thousandth of its pixels."""
+    pack = zlib.compressobj(9)
+    row = b"\0" * (1 + width // 8)
+    return png(width, height, 1, 0, b"".join(pack.compress(row) for _ in range(height)) + pack.flush())
+
+
+def broken_checksum() -> bytes:
+    data = bytearray(encoded(COLOUR))
+    place = data.index(b"IDAT")
+    length = struct.unpack(">I", data[place - 4 : place])[0]
+    data[place + 4 + length] ^= 1
+    return bytes(data)
+
+
+def text_bomb() -> bytes:
+    text = chunk(b"zTXt", b"x\0\0" + zlib.compress(b"a" * 70_000_000))
+    return png(4, 4, 8, 0, zlib.compress(b"\0\0\0\0\0" * 4), text)
+
+
+def frames(kind: str, **options) -> bytes:
+    other = Image.fromarray(255 - COLOUR)
+    return encoded(COLOUR, kind, save_all=True, append_images=[other], **options)
+
+
+def many_scans(side: int, more: int) -> bytes:
+    """A progressive JPEG whose last pass is repeated: a few bytes each, a pass over all pixels each."""
+    data = encoded(Image.new("RGB", (side, side), (90, 10, 200)), "JPEG", progressive=True)
+    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * more + b"\xff\xd9"
+
+
+def large(mode: str, kind: str, **options) -> bytes:
+    """64 megapixels of one colour."""
+    opaque = {"RGBA": (1, 2, 3, 255), "LA": (1, 255)}
+    return encoded(Image.new(mode, (8000, 8000), opaque.get(mode, 0)), kind, **options)
+
+
+def pictures_read() -> dict[str, tuple[bytes, np.ndarray]]:
+    """Name -> bytes, and the pixels that must come out."""
+    strip = np.repeat(COLOUR[:1, :1], 9000, axis=1)
+    high = np.repeat((WIDE >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    return {
+        "colour PNG": (encoded(COLOUR), COLOUR),
+        "grey PNG": (encoded(RAMP), GREY),
+        "BMP": (encoded(COLOUR, "BMP"), COLOUR),
+        "PPM": (encoded(COLOUR, "PPM"), COLOUR),
+        "TIFF": (encoded(COLOUR, "TIFF"), COLOUR),
+        "lossless WebP": (encoded(COLOUR, "WEBP", lossless=True), COLOUR),
+        "lossless JPEG 2000": (encoded(COLOUR, "JPEG2000"), COLOUR),
+        "GIF of one frame": (encoded(RAMP, "GIF"), GREY),
+        "opaque alpha": (encoded(rgba(255)), COLOUR),
+        "grey with opaque alpha": (encoded(np.dstack([RAMP, np.full_like(RAMP, 255)])), GREY),
+        "palette": (encoded(Image.fromarray(RAMP).convert("P")), GREY),
+        "one bit": (encoded(BITS, mode="1"), np.repeat(BITS[..., None], 3, axis=2)),
+        "16-bit grey": (sixteen_bit(WIDE), high),
+        "16-bit grey TIFF": (encoded(WIDE, "TIFF"), high),
+        "16-bit colour": (sixteen_bit(WIDE3), (WIDE3 >> 8).astype(np.uint8)),
+        "orientation tag": (with_orientation(), COLOUR),
+        "colour profile": (encoded(COLOUR, icc_profile=b"not a profile" * 20), COLOUR),
+        "one pixel": (encoded(COLOUR[:1, :1]), COLOUR[:1, :1]),
+        "strip": (encoded(strip), strip),
+        "bytes after the end": (encoded(COLOUR) + b"<script>" * 50, COLOUR),
+        "key colour that no pixel has": (encoded(COLOUR, transparency=(1, 2, 3)), COLOUR),
+    }
+
+
+def pictures_refused() -> dict[str, tuple[bytes, str]]:
+    """Name -> bytes, and a word of the reason that must be given."""
+    nan = np.full((8, 8), np.nan, np.float32)
+    palette = Image.fromarray(RAMP).convert("P")
+    return {
+        "empty": (b"", "not a picture"),
+        "HTML as picture": (b"<!doctype html><html><body>404</body></html>" * 20, "not a picture"),
+        "SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture"),
+        "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run\n", "not a picture"),
+        "FITS": (b"SIMPLE  =                    T" + b" " * 2850, "not a picture"),
+        "PDF": (b"%PDF-1.4\n1 0 obj\n", "not a picture"),
+        "header alone": (encoded(COLOUR)[:33], "not a picture"),
+        "truncated PNG": (encoded(NOISE)[:-200], "decoded"),
+        "truncated JPEG": (encoded(NOISE, "JPEG")[:-200], "truncated"),
+        "truncated TIFF": (encoded(NOISE, "TIFF")[:-200], "decoded"),
+        "truncated WebP": (encoded(NOISE, "WEBP")[:-200], "decoded"),
+        "truncated GIF": (encoded(NOISE[..., 0], "GIF")[:-200], "truncated"),
+        "truncated BMP": (encoded(NOISE, "BMP")[:-200], "truncated"),
+        "truncated AVIF": (encoded(NOISE, "AVIF")[:-200], "decoded"),
+        "truncated JPEG 2000": (encoded(NOISE, "JPEG2000")[:-200], "decoded"),
+        "broken checksum": (broken_checksum(), "decoded"),
+        "100 megapixels": (bomb(10_000, 10_000), "more than 64,000,000 pixels"),
+        "400 megapixels": (bomb(20_000, 20_000), "more than 64,000,000 pixels"),
+        "4 gigapixels declared": (png(65_000, 65_000, 8, 2, b"x"), "more than 64,000,000 pixels"),
+        "no pixels": (png(0, 8, 8, 2, b"x"), "not a picture"),
+        "text bomb": (text_bomb(), "decoded"),
+        "5,000 passes": (many_scans(2000, 5000), "more than 64 scans"),
+        "transparent": (encoded(rgba(0)), "transparent"),
+        "half transparent": (encoded(rgba(128)), "transparent"),
+        "palette with a transparent entry": (encoded(palette, transparency=3), "transparent"),
+        "key colour": (encoded(COLOUR, transparency=tuple(COLOUR[0, 0].tolist())), "transparent"),
+        "float": (encoded(RAMP.astype(np.float32), "TIFF"), "mode F"),
+        "float NaN": (encoded(nan, "TIFF"), "mode F"),
+        "32-bit": (encoded(RAMP.astype(np.int32), "TIFF"), "mode I"),
+        "LAB": (encoded(Image.new("LAB", (8, 8)), "TIFF"), "mode LAB"),
+        "animated GIF": (frames("GIF"), "more than one frame"),
+        "animated PNG": (frames("PNG"), "more than one frame"),
+        "animated WebP": (frames("WEBP"), "more than one frame"),
+        "TIFF of two pages": (frames("TIFF"), "more than one frame"),
+    }
+
+
+# name -> how to make 64 megapixels in few bytes, and a word of the reason where the decoder is too greedy to be let in
+PICTURES_LARGE = {
+    "large GIF": (lambda: large("P", "GIF"), ""),
+    "large WebP": (lambda: large("RGB", "WEBP", lossless=True, method=0, quality=0), "more than 32,000,000 pixels"),
+    "large RGBA PNG": (lambda: large("RGBA", "PNG", compress_level=1), ""),
+    "large CMYK JPEG": (lambda: large("CMYK", "JPEG"), ""),
+    "large TIFF": (lambda: large("RGBA", "TIFF", compression="tiff_lzw"), ""),
+    "large AVIF": (lambda: large("RGB", "AVIF", speed=10), ""),
+    "large JPEG 2000": (lambda: large("RGB", "JPEG2000"), "more than 32,000,000 pixels"),
+    "50 passes over a large JPEG": (lambda: many_scans(8000, 40), ""),
+}
+
+
+def picture_mutants(count: int, rng: random.Random) -> list[tuple[str, bytes, bytes]]:
+    """(kind, original, mutant) of six good files in turn: bits flipped, numbers of headers made extreme, parts cut
+    out, repeated, moved from one file into another, ends cut off."""
+    good = {
+        "PNG": encoded(COLOUR),
+        "JPEG": encoded(COLOUR, "JPEG"),
+        "WebP": encoded(COLOUR, "WEBP"),
+        "GIF": encoded(RAMP, "GIF"),
+        "TIFF": encoded(COLOUR, "TIFF", compression="tiff_lzw"),
+        "AVIF": encoded(COLOUR, "AVIF"),
+    }
+    extremes = [b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\0\x80\0", b"\xff\x7f"]
+    found = []
+    while len(found) < count:
+        kind = list(good)[len(found) % len(good)]
+        other = bytearray(good[kind])
+        for _ in range(rng.randint(1, 6)):
+            place = rng.randrange(len(other) or 1)
+            action = rng.randrange(6)
+            if action == 0 and other:
+                other[place] ^= 1 << rng.randrange(8)
+            elif action == 1:
+                value = rng.choice(extremes)
+                place = rng.randrange(80)  # where headers are
+                other[place : place + len(value)] = value
+            elif action == 2:
+                del other[place : place + rng.randint(1, 40)]
+            elif action == 3:
+                other[place:place] = other[: rng.randint(1, 40)]
+            elif action == 4:
+                donor = good[rng.choice(list(good))]
+                start = rng.randrange(len(donor))
+                other[place : place + 30] = donor[start : start + 30]
+            elif rng.random() < 0.3:
+                del other[place:]
+        if bytes(other) != good[kind]:
+            found.append((kind, good[kind], bytes(other)))
+    return found
