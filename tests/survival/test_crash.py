@@ -137,7 +137,7 @@ def test_the_command_killed_until_it_is_complete(tmp_path, tally, size):
     seed = 20261203
     print("seed", seed)
     rng = random.Random(seed)
-    goal, units = size(25, 1), 80
+    goal, units = size(25, 1), size(80, 30)
     journal = tmp_path / "journal"
 
     def argv(where):
@@ -159,7 +159,7 @@ def test_the_command_killed_until_it_is_complete(tmp_path, tally, size):
             )
             lives += 1
             try:
-                code = process.wait(None if here >= 6 or kills >= goal else rng.uniform(0.4, 2.5))
+                code = process.wait(None if here >= 6 or kills >= goal else rng.uniform(0.4, size(2.5, 1.4)))
                 break
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
