@@ -33,7 +33,7 @@ RULES = (
     "broken checksum or truncation refused"
 )
 
-_HEADER = threading.Lock()  # warnings.catch_warnings changes the whole process
+_DECODING = threading.Lock()  # warnings.catch_warnings changes the whole process
 _BROKEN = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError)
 _BROKEN += (EOFError, RuntimeError, struct.error, zlib.error)  # what Pillow raises on damaged files
 
@@ -51,7 +51,9 @@ def read(source: str | Path | bytes, name: str = "") -> np.ndarray:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        return _decode(Image, data, name)
+        with _DECODING, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes, our limit is lower; of damage, what cannot be read is refused
+            return _decode(Image, data, name)
     except Error:
         raise
     except Image.DecompressionBombError:
@@ -93,9 +95,7 @@ def _too_many_pixels(name: str, limit: int) -> Error:
 
 
 def _open(Image, data: bytes):
-    with _HEADER, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # our own limit is lower than the one Pillow warns of
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+    return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
 def _decode(Image, data: bytes, name: str) -> np.ndarray:
@@ -249,7 +249,7 @@ def format_of(path: str | Path) -> str:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with _HEADER, warnings.catch_warnings():
+        with _DECODING, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes; `read` has a limit of its own
             with Image.open(path, formats=FORMATS) as image:
                 return "JPEG" if image.format == "MPO" else str(image.format)

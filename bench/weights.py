@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -238,6 +239,8 @@ def _load_pickle(path: Path, expected: str | None) -> dict[str, Tensor]:
         reply = child.stdout.decode("utf-8", "replace").strip()
         if child.returncode != 0 or not target.is_file():
             cause = reply if child.returncode == 3 else f"the reader stopped with exit status {child.returncode}"
+            if child.returncode == -signal.SIGXCPU:
+                cause = "it needs far more time than its size"
             raise Error(f"weights {path} are refused: {cause}", hint=CONVERT)
         _expect(path, reply, expected)
         return _load_safetensors(target, None)
@@ -259,7 +262,7 @@ def _unpickle(source: str, target: str) -> int:
     resource.setrlimit(resource.RLIMIT_AS, (mapped + budget,) * 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2 * len(data) + 10_000_000,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 60 + len(data) // 10_000_000,) * 2)  # seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 10 + len(data) // 10_000_000,) * 2)  # seconds
     try:
         found = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:

@@ -1,6 +1,7 @@
 """Files that were made to do harm, built here from their parts, none of them stored; and a child that reads them."""
 
 import io
+import json
 import os
 import pickle
 import random
@@ -8,13 +9,17 @@ import resource
 import select
 import signal
 import struct
+import tarfile
 import time
+import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 # -- a child with limits
 
@@ -272,3 +277,144 @@ def picture_mutants(count: int, rng: random.Random) -> list[tuple[str, bytes, by
         if bytes(other) != good[kind]:
             found.append((kind, good[kind], bytes(other)))
     return found
+
+
+# -- weights
+
+TENSORS = {"a": torch.arange(6, dtype=torch.float32).reshape(2, 3), "b": torch.tensor([1, 2], dtype=torch.int64)}
+
+
+def header_mutant(data: bytes, rng: random.Random) -> bytes:
+    """One damage to a good safetensors file: to its bytes, its length, or its header's meaning."""
+    n = int.from_bytes(data[:8], "little")
+    header, body = data[8 : 8 + n], data[8 + n :]
+    kind = rng.randrange(9)
+    if kind == 0:
+        i = rng.randrange(8 + n)
+        return data[:i] + bytes([rng.randrange(256)]) + data[i + 1 :]
+    if kind == 1:
+        return data[: rng.randrange(len(data))]
+    if kind == 2:
+        return data + bytes(rng.randrange(1, 40))
+    if kind == 3:
+        return rng.choice([0, 1, n - 1, n + 1, 10**8 + 1, 2**63, 2**64 - 1]).to_bytes(8, "little") + data[8:]
+    entries = json.loads(header)
+    name = rng.choice(["a", "b"])
+    entry = entries[name]
+    if kind == 4:
+        entry["shape"] = rng.choice([[2**62, 4], [-2, -3], [6], [3, 2], [2, 3, 0], [], "23", [2.0, 3], [True, 6], None])
+    elif kind == 5:
+        begin, end = entry["data_offsets"]
+        shift = rng.choice([-8, -1, 1, 8, 16])
+        entry["data_offsets"] = rng.choice(
+            [[begin + shift, end + shift], [begin, end + shift], [end, begin], [begin], 3, [begin, True], [0, 24]]
+        )
+    elif kind == 6:
+        entry["dtype"] = rng.choice(["F64", "U8", "F4", "f32", "", None, "I32", "U64", "C64", 32])
+    elif kind == 7:
+        twin = rng.choice(['"a"', '"b"', '"\\u0061"', '"__metadata__"', '"c"'])
+        text = header.decode().rstrip()[:-1] + f",{twin}:{json.dumps(entry)}}}"
+        return len(text).to_bytes(8, "little") + text.encode() + body
+    else:
+        rng.choice(
+            [
+                lambda: entries.update(__metadata__=rng.choice([{"x": 1}, [], None, {"x": "y"}])),
+                lambda: entry.update(extra=1),
+                lambda: entry.pop(rng.choice(["dtype", "shape", "data_offsets"])),
+                lambda: entries.update(empty={"dtype": "F32", "shape": [0], "data_offsets": [24, 24]}),
+                lambda: entries.pop(name),
+            ]
+        )()
+    text = json.dumps(entries, indent=rng.choice([None, 1]))
+    return len(text).to_bytes(8, "little") + text.encode() + body
+
+
+class Mkdir:
+    """Harmless, but it shows that it ran."""
+
+    def __init__(self, marker: Path):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+class Exec(Mkdir):
+    def __reduce__(self):
+        return exec, (f"import os; os.mkdir({self.marker!r})",)
+
+
+def carriers(folder: Path, marker: Path) -> dict[str, Path]:
+    """Eight ways to bring a payload along that makes the folder `marker`, each a file or a folder."""
+    raw = pickle.dumps(Mkdir(marker))
+    torch.save(Mkdir(marker), folder / "zip.pt")
+    torch.save(Mkdir(marker), folder / "legacy.ckpt", _use_new_zipfile_serialization=False)
+    with tarfile.open(folder / "tar.pth", "w") as tar:
+        for name in ("storages", "tensors", "pickle"):
+            member = tarfile.TarInfo(name)
+            member.size = len(raw)
+            tar.addfile(member, io.BytesIO(raw))
+    (folder / "renamed.safetensors").write_bytes(raw)
+    indirect = f"cpkgutil\nresolve_name\n(S'os:mkdir'\ntR(S{str(marker)!r}\ntR."
+    (folder / "indirect.pt").write_bytes(indirect.encode())
+    (folder / "exec.bin").write_bytes(pickle.dumps(Exec(marker)))
+    torch.save({"a": torch.zeros(3), "z": [1, {"deep": Mkdir(marker)}]}, folder / "late.pt")
+    side = folder / "sidecar"
+    side.mkdir()
+    save_file(TENSORS, side / "model.safetensors")
+    (side / "scheduler.PKL").write_bytes(raw)
+    return {p.stem: p for p in sorted(folder.iterdir())}
+
+
+def fire(path: Path) -> None:
+    """Reads a carrier as a careless program would."""
+    if path.is_dir():
+        path = path / "scheduler.PKL"
+    if zipfile.is_zipfile(path) or path.name == "legacy.ckpt":
+        torch.load(path, weights_only=False)
+    elif tarfile.is_tarfile(path):
+        with tarfile.open(path) as tar:
+            pickle.load(tar.extractfile("pickle"))
+    else:
+        pickle.loads(path.read_bytes())
+
+
+def doubling(path: Path, times: int = 60) -> Path:
+    """A small pickle of one mapping whose key holds itself twice, `times` deep: hashing it never ends."""
+    pairs = b"".join(b"h%ch%c\x86q%c0" % (i, i, i + 1) for i in range(times))
+    path.write_bytes(b"\x80\x02K\x01q\x000" + pairs + b"}h%cK\x01s." % times)
+    return path
+
+
+def memory_bomb(path: Path, size: int = 700_000_000) -> Path:
+    """A checkpoint of a few megabytes in torch's own format that unpacks to `size` zeros."""
+    small = path.with_suffix(".small")
+    torch.save({"a": torch.zeros(70_000, dtype=torch.uint8)}, small)
+    with zipfile.ZipFile(small) as source, zipfile.ZipFile(path, "w", 8, compresslevel=1) as target:
+        for entry in source.namelist():
+            with target.open(entry, "w") as out:
+                if entry.endswith("data/0"):
+                    for _ in range(size // 10_000_000):
+                        out.write(bytes(10_000_000))
+                else:
+                    old, new = (b"J" + n.to_bytes(4, "little") for n in (70_000, size))
+                    out.write(source.read(entry).replace(old, new))
+    small.unlink()
+    return path
+
+
+# keys of a configuration that name code, as libraries and their relatives spell them
+CODE_KEYS = [
+    "auto_map",
+    "autoMap",
+    "AUTO_MAP",
+    "auto-map",
+    "custom_pipeline",
+    "customPipeline",
+    "Custom-Pipelines",
+    "trust_remote_code",
+    "trustRemoteCode",
+    "code_revision",
+    "custom_generate",
+    "_target_",
+]
