@@ -12,7 +12,7 @@ import numpy as np
 from suites.scaling import fit as fitting
 from suites.scaling import laws, resample
 from suites.scaling.fit import SurfaceFit
-from suites.scaling.isoflop import PowerLaw, Profiles, corrected, line, profiles
+from suites.scaling.isoflop import LEAST_SIZES, PowerLaw, Profiles, corrected, line, profiles
 from suites.scaling.resample import BackTest, Band, Mixture, Resamples
 from suites.scaling.table import Runs
 
@@ -135,7 +135,7 @@ def analyse(
         if p < 0.01:
             warnings.append(f"the errors change in size along compute (p = {p:.1g})")
         warnings += [f"at {c:.3g} FLOPs: {w}" for c in at if (w := resample.extrapolation_warning(c, largest))]
-        warnings += _outliers(fit, runs)
+        warnings += _outliers(fit, runs, objective, form)
     warnings += found_profiles.warnings
     if len(np.unique(runs.budget)) == 1:
         warnings.append("one budget alone: nothing can be said of how an optimum moves with compute")
@@ -180,7 +180,8 @@ def resample_profiles(runs: Runs, *, count: int = 1000, seed: int = 0) -> np.nda
     vertices, budgets = [], []
     for budget, part in runs.budgets():
         n = len(part)
-        if n < 4:
+        sizes = np.unique(part.params)
+        if len(sizes) < LEAST_SIZES:
             continue
         x = np.log(part.params)
         u = x - x.mean()
@@ -189,7 +190,8 @@ def resample_profiles(runs: Runs, *, count: int = 1000, seed: int = 0) -> np.nda
         gram = np.einsum("kn,ni,nj->kij", counts, design, design) + 1e-12 * np.eye(3)
         pull = np.einsum("kn,ni,n->ki", counts, design, part.loss)
         p, q, _ = np.linalg.solve(gram, pull[..., None])[..., 0].T
-        enough = (counts > 0).sum(1) >= 3
+        drawn = [(counts[:, part.params == size] > 0).any(1) for size in sizes]
+        enough = np.sum(drawn, 0) >= 3  # sizes, not rows: replicates of two sizes are no parabola
         with np.errstate(divide="ignore", invalid="ignore"):
             v = np.where(enough & (p > 0), -q / (2 * p), np.nan)
         vertices.append(np.where((v > u.min()) & (v < u.max()), v, np.nan) + x.mean())
@@ -249,16 +251,26 @@ def _conflict(fit: SurfaceFit | None, drawn: Resamples | None, found: Profiles, 
     return []
 
 
-def _outliers(fit: SurfaceFit, runs: Runs) -> list[str]:
-    """Rows whose residual is beyond six robust standard deviations, named."""
+def _outliers(fit: SurfaceFit, runs: Runs, objective: str, form: str) -> list[str]:
+    """Rows whose residual is beyond six robust standard deviations, named, and the surface that the others give."""
     if fit.sigma < 1e-9:
         return []
     z = (fit.residuals - np.median(fit.residuals)) / fit.sigma
-    far = np.flatnonzero(np.abs(z) > 6)
-    if not len(far):
+    far = np.abs(z) > 6
+    rows = runs.row[far]
+    if not len(rows):
         return []
-    named = ", ".join(str(runs.row[i]) for i in far[:12]) + (f" and {len(far) - 12} more" if len(far) > 12 else "")
-    return [f"row{'s' if len(far) > 1 else ''} {named}: more than six sigma from the surface; kept, and weighed down"]
+    named = ", ".join(map(str, rows[:12])) + (f" and {len(rows) - 12} more" if len(rows) > 12 else "")
+    said = f"row{'s' if len(rows) > 1 else ''} {named}: more than six sigma from the surface; kept, and weighed down"
+    rest = runs.take(~far)
+    try:
+        other = fitting.fit_surface(
+            rest.params, rest.tokens, rest.loss, objective=objective, form=form, weights=_weights(rest), profile=False
+        )
+    except ValueError:
+        return [said]
+    s = other.surface
+    return [f"{said}. Without, E = {s.E:.4g}, alpha = {s.alpha:.3g}, beta = {s.beta:.3g}, a = {s.a:.3f}"]
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,8 @@ def residuals(found: Analysis) -> Drawn | None:
     ]
 
     def draw(axes: Any) -> None:
+        loose = found.runs.loose
+        axes.plot(found.runs.params[loose], r[loose], "o", color=MUTED, markersize=2.4)
         for i, (_, part) in enumerate(found.runs.budgets()):
             at = np.isin(found.runs.row, part.row)
             axes.plot(found.runs.params[at], r[at], "o", color=COLOURS[i % len(COLOURS)], markersize=3.2)
@@ -160,7 +162,7 @@ def residuals(found: Analysis) -> Drawn | None:
         axes.set_xlabel("parameters N")
         axes.set_ylabel("ln model - ln loss" if found.fit.objective != "ls_raw" else "model - loss")
 
-    note = "Coloured by budget, as above. Dotted: 1.96 sigma."
+    note = "Coloured by budget, as above; grey between budgets. Dotted: 1.96 sigma."
     return Drawn("residuals", "Residuals of the surface", note, rows, draw)
 
 

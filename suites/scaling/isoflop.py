@@ -78,11 +78,11 @@ def parabola(
     """
     from scipy.special import stdtrit
 
-    n = len(params)
+    n, sizes = len(params), len(np.unique(params))
     nothing = {"params": math.nan, "tokens": math.nan, "loss": math.nan, "log_se": math.nan}
     nothing |= {"low": math.nan, "high": math.nan, "curvature": math.nan, "curvature_se": math.nan}
-    if n < LEAST_SIZES:
-        return Vertex(budget, sizes=n, problem=f"{n} size{'' if n == 1 else 's'}; {LEAST_SIZES} are needed", **nothing)
+    if sizes < LEAST_SIZES:
+        return Vertex(budget, sizes=sizes, problem=_too_few(sizes), **nothing)
     x = np.log(params)
     centre = x.mean()
     u = x - centre
@@ -97,7 +97,7 @@ def parabola(
     v = -q / (2 * p) if p else math.nan
     nothing |= {"curvature": float(p), "curvature_se": se_p}
     if not p > 0:
-        return Vertex(budget, sizes=n, problem="the curve opens downwards", **nothing)
+        return Vertex(budget, sizes=sizes, problem="the curve opens downwards", **nothing)
     g = np.array([q / (2 * p * p), -1 / (2 * p)])
     log_se = math.sqrt(max(float(g @ cov[:2, :2] @ g), 0.0))
     t = float(stdtrit(n - 3, 0.975)) if n > 3 else math.nan
@@ -123,9 +123,13 @@ def parabola(
         high=_exp(high + centre),
         curvature=float(p),
         curvature_se=se_p,
-        sizes=n,
+        sizes=sizes,
         problem=problem,
     )
+
+
+def _too_few(sizes: int) -> str:
+    return f"{sizes} size{'' if sizes == 1 else 's'}; {LEAST_SIZES} are needed"
 
 
 def _least_tokens(tokens: np.ndarray, loss: np.ndarray, u: np.ndarray, v: float, w: np.ndarray) -> float:
@@ -156,14 +160,19 @@ def fieller(a: float, b: float, var_a: float, var_b: float, cov: float, t: float
 
 
 def interpolated(params: np.ndarray, loss: np.ndarray, tokens: np.ndarray, budget: float) -> Vertex:
-    """The minimum of Akima's spline of ln loss in ln N, 25 points to a gap; an end is no minimum (formll's way)."""
+    """The minimum of Akima's spline of ln loss in ln N, 25 points to a gap; an end is no minimum (formll's way).
+
+    Replicates of a size stand in it with the means of their logarithms.
+    """
     from scipy.interpolate import Akima1DInterpolator
 
+    params, which = np.unique(params, return_inverse=True)
     n = len(params)
     nan = math.nan
     if n < LEAST_SIZES:
-        problem = f"{n} size{'' if n == 1 else 's'}; {LEAST_SIZES} are needed"
-        return Vertex(budget, nan, nan, nan, nan, nan, nan, nan, nan, n, problem, True)
+        return Vertex(budget, nan, nan, nan, nan, nan, nan, nan, nan, n, _too_few(n), True)
+    times = np.bincount(which)
+    loss, tokens = (np.exp(np.bincount(which, np.log(v)) / times) for v in (loss, tokens))
     x = np.log(params)
     fine = np.concatenate([np.linspace(a, b, GAPS, endpoint=False) for a, b in itertools.pairwise(x)])
     fine = np.append(fine, x[-1])

@@ -41,6 +41,7 @@ class Scaling(Suite):
     name: ClassVar[str] = "scaling"
     version: ClassVar[int] = 1
     requires: ClassVar[tuple[type, ...]] = (Scalable,)
+    patience: ClassVar[float] = 7 * 86_400.0  # a unit is a training
 
     def __post_init__(self):
         if not self.budgets or any(not b > 0 for b in self.budgets) or len(set(self.budgets)) < len(self.budgets):
@@ -155,6 +156,7 @@ class ScalingFit:
         where = "predict at this compute (10 times the largest)"
         law.add_argument("--at", type=float, action="append", default=[], metavar="FLOPS", help=where)
         law.add_argument("--keep-twins", action="store_true", help="keep rows of the same size and budget")
+        law.add_argument("--drop-highest", type=int, default=0, metavar="K", help="leave out the K highest losses (0)")
         law.add_argument("--propose-grid", action="store_true", help="print the trainings to make next")
 
     def __call__(self, rows: Path | Sequence[Mapping[str, Any]], source: str, args: Namespace) -> Finding:
@@ -164,6 +166,8 @@ class ScalingFit:
 
         if args.resamples < 2:
             raise UsageError(f"--resamples {args.resamples} must be 2 or more")
+        if args.drop_highest < 0:
+            raise UsageError(f"--drop-highest {args.drop_highest} must be 0 or more")
         if args.kappa is not None and not args.kappa > 0:
             raise UsageError(f"--kappa {args.kappa:g} must be more than 0")
         if any(not c > 0 for c in args.at):
@@ -181,7 +185,14 @@ class ScalingFit:
             where[heading] = value
         try:
             table = read_rows(rows) if isinstance(rows, Path) else rows
-            runs = ingest(table, named, where=where, kappa=args.kappa or KAPPA, best_of_twins=not args.keep_twins)
+            runs = ingest(
+                table,
+                named,
+                where=where,
+                kappa=args.kappa or KAPPA,
+                best_of_twins=not args.keep_twins,
+                drop_highest=args.drop_highest,
+            )
             kappa = args.kappa or (KAPPA if runs.derived else runs.kappa)
             found = analysis.analyse(
                 runs,

@@ -53,6 +53,8 @@ NAMES: dict[str, tuple[str, ...]] = {  # recognised headings, lower case, separa
         "computebudget",
         "trainingflops",
         "trainflops",
+        "trainingflop",
+        "flop",
         "totalflops",
         "totalgflops",
         "computeflops",
@@ -77,6 +79,7 @@ NAMES: dict[str, tuple[str, ...]] = {  # recognised headings, lower case, separa
     "condition": ("condition",),
     "is_final": ("isfinal",),
     "warmup_tokens": ("warmuptokens",),
+    "seed": ("seed", "randomseed"),
 }
 UNITS = {
     "k": 1e3,
@@ -94,6 +97,8 @@ UNITS = {
 }
 NUMBER = re.compile(r"([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*([kKmMbBgGtT]?)")
 GAP = 0.15  # in ln C: a wider one separates budgets
+WIDEST = 0.3  # in ln C: what is wider is no budget but a chain of them
+FEWEST = 4  # sizes of what is called a budget where computes are scattered
 TWIN = 0.01  # in ln N: closer rows of one budget are the same size
 MOST_CELLS = 20_000_000  # what a file may hold
 
@@ -115,8 +120,9 @@ class Dropped:
 class Runs:
     """Columns of the rows that are used, float64 [n]; `row` numbers them in the source, from 1.
 
-    `budget` is the compute that a row belongs to: given, or the geometric mean of its cluster of C. `derived` names the
-    one of params, tokens and flops that followed from the others.
+    `budget` is the compute that a row belongs to: given, or the geometric mean of its cluster of C. `loose` marks rows
+    of scattered computes, with too few others of about theirs for an isoFLOP curve. `derived` names the one of params,
+    tokens and flops that followed from the others.
     """
 
     params: np.ndarray
@@ -124,6 +130,7 @@ class Runs:
     flops: np.ndarray
     loss: np.ndarray
     budget: np.ndarray
+    loose: np.ndarray
     row: np.ndarray
     run_id: tuple[str, ...]
     loss_sd: np.ndarray | None = None
@@ -143,15 +150,16 @@ class Runs:
     def take(self, index: np.ndarray) -> Runs:
         """The rows of an index or a mask."""
         index = np.flatnonzero(index) if np.asarray(index).dtype == bool else np.asarray(index)
-        columns = {k: getattr(self, k)[index] for k in ("params", "tokens", "flops", "loss", "budget", "row")}
+        names = ("params", "tokens", "flops", "loss", "budget", "loose", "row")
+        columns = {k: getattr(self, k)[index] for k in names}
         sd = None if self.loss_sd is None else self.loss_sd[index]
         return replace(self, **columns, run_id=tuple(self.run_id[i] for i in index), loss_sd=sd)
 
     def budgets(self) -> list[tuple[float, Runs]]:
-        """(budget, its rows in order of size), from the smallest."""
+        """(budget, its rows in order of size), from the smallest; without loose rows."""
         found = []
-        for value in np.unique(self.budget):
-            part = self.take(self.budget == value)
+        for value in np.unique(self.budget[~self.loose]):
+            part = self.take((self.budget == value) & ~self.loose)
             found.append((float(value), part.take(np.argsort(part.params, kind="stable"))))
         return found
 
@@ -312,14 +320,15 @@ def ingest(
     best_of_lr: bool = True,
     best_of_twins: bool = True,
     final_only: bool = True,
+    drop_highest: int = 0,
 ) -> Runs:
     """The rows that can be used, after the checks of a table of trainings; see the module's head.
 
     In order: `where` keeps rows whose column holds a text; values that are missing, not numbers, not positive or not
     finite; checkpoints that are not final, where a column says so; checkpoints younger than three warm-ups; all but the
-    best of a sweep over learning rates; exact duplicates; rows of one budget whose sizes differ by less than 1 %.
-    Budgets are the column `budget`, or clusters of ln C that a gap separates: rounding to a digit would put 1.8e19 and
-    2.2e19 into one.
+    best of a sweep over learning rates; exact duplicates; rows of one budget and seed whose sizes differ by under 1 %.
+    Budgets are the column `budget`, or clusters of ln C (`cluster_budgets`): rounding to a digit would put 1.8e19 and
+    2.2e19 into one. `drop_highest` losses are left out on request, as published fits have done.
 
     Raises TableError: no loss, fewer than two of params, tokens and flops, C and kappa N D that differ by a power of a
     thousand, several conditions in one table, no row left.
@@ -417,14 +426,31 @@ def ingest(
         kept, more = _best_of_sweep(kept, values, drop)
         notes += more
     kept = _without_duplicates(kept, values, drop)
+    for i in sorted(kept, key=lambda i: values["loss"][i], reverse=True)[:drop_highest]:
+        drop(i, f"one of the {drop_highest} highest losses, left out as asked")
+        kept.remove(i)
     if not kept:
         raise TableError(f"no row can be used: {_summary(dropped)}")
     index = np.array(kept)
     log_c = np.log(values["flops"][index])
     given = "budget" in known and np.isfinite(values["budget"][index]).all()
-    budget = values["budget"][index] if given else cluster_budgets(log_c, gap)
+    loose, scattered = np.zeros(len(index), bool), np.zeros(len(index), bool)
+    if given:
+        budget = values["budget"][index]
+    else:
+        budget, scattered = cluster_budgets(log_c, gap)
+        for one in np.unique(budget[scattered]):
+            loose |= (budget == one) & (len(np.unique(values["params"][index[budget == one]])) < FEWEST)
+        if loose.any():
+            notes.append(
+                f"{loose.sum()} of {len(index)} rows lie between budgets, their computes being scattered: "
+                "they are used for the surface, not for isoFLOP curves"
+            )
     if best_of_twins:
-        index, budget = _without_twins(index, budget, values, drop)
+        seeds = [str(row.get(known["seed"][0], "")) if "seed" in known else "" for row in rows]
+        keep = scattered.copy()  # where computes are scattered, two runs of a size are two runs
+        keep[~scattered] = _without_twins(index[~scattered], budget[~scattered], values, seeds, drop)
+        index, budget, loose = index[keep], budget[keep], loose[keep]
     sd = values["loss_sd"][index] if "loss_sd" in known else None
     return Runs(
         params=values["params"][index],
@@ -432,6 +458,7 @@ def ingest(
         flops=values["flops"][index],
         loss=values["loss"][index],
         budget=budget,
+        loose=loose,
         row=np.array([numbers[i] for i in index]),
         run_id=tuple(run_id(i) or str(numbers[i]) for i in index),
         loss_sd=sd if sd is not None and np.isfinite(sd).all() and (sd > 0).all() else None,
@@ -442,13 +469,23 @@ def ingest(
     )
 
 
-def cluster_budgets(log_flops: np.ndarray, gap: float = GAP) -> np.ndarray:
-    """For each ln C the geometric mean of its cluster; neighbours further apart than `gap` are of different ones."""
+def cluster_budgets(log_flops: np.ndarray, gap: float = GAP) -> tuple[np.ndarray, np.ndarray]:
+    """For each ln C the geometric mean of its cluster, and whether it lies where computes are scattered.
+
+    Neighbours further apart than `gap` are of different clusters. Where runs were also made between the budgets, such
+    clusters are chains over decades: one that is wider than WIDEST is taken apart with half the gap, again if need be.
+    """
     order = np.argsort(log_flops, kind="stable")
     label = np.zeros(len(order), int)
     label[order] = np.concatenate([[0], np.cumsum(np.diff(log_flops[order]) > gap)])
-    means = np.bincount(label, log_flops) / np.bincount(label)
-    return np.exp(means)[label]
+    means = np.exp(np.bincount(label, log_flops) / np.bincount(label))[label]
+    scattered = np.zeros(len(order), bool)
+    for one in range(label.max() + 1):
+        rows = np.flatnonzero(label == one)
+        if np.ptp(log_flops[rows]) > WIDEST:
+            means[rows], _ = cluster_budgets(log_flops[rows], gap / 2)
+            scattered[rows] = True
+    return means, scattered
 
 
 def _check_units(
@@ -515,12 +552,16 @@ def _without_duplicates(kept: list[int], values: Mapping[str, np.ndarray], drop:
 
 
 def _without_twins(
-    index: np.ndarray, budget: np.ndarray, values: Mapping[str, np.ndarray], drop: Any
-) -> tuple[np.ndarray, np.ndarray]:
-    """Of rows of one budget and one size the one whose C is nearest the budget (the best loss, where equally near)."""
+    index: np.ndarray, budget: np.ndarray, values: Mapping[str, np.ndarray], seeds: Sequence[str], drop: Any
+) -> np.ndarray:
+    """Of rows of one budget, size and seed the one whose C is nearest the budget (the best loss, where equally near).
+
+    A size that was trained with several seeds is a replicate: choosing the best of them would bend the curve.
+    """
     keep = np.ones(len(index), bool)
-    for value in np.unique(budget):
-        rows = np.flatnonzero(budget == value)
+    seed = np.array(seeds)[index]
+    for value, one in sorted(set(zip(budget.tolist(), seed.tolist(), strict=True))):
+        rows = np.flatnonzero((budget == value) & (seed == one))
         rows = rows[np.argsort(values["params"][index[rows]], kind="stable")]
         group = [rows[0]]
         for k in [*rows[1:], None]:
@@ -542,7 +583,7 @@ def _without_twins(
                         drop(int(index[g]), f"the same size and budget as row {index[best] + 1}, which is kept")
             if k is not None:
                 group = [k]
-    return index[keep], budget[keep]
+    return keep
 
 
 def _summary(dropped: Sequence[Dropped]) -> str:

@@ -137,7 +137,65 @@ def test_numbers_and_headings():
 
 def test_budgets_are_clusters_not_rounded_numbers():
     c = np.array([1.79e19, 1.81e19, 2.2e19, 2.19e19])
-    assert len(np.unique(cluster_budgets(np.log(c)))) == 2
+    assert len(np.unique(cluster_budgets(np.log(c))[0])) == 2
+
+
+def scattered_rows(between=60, seed=0):
+    """Four budgets of eight sizes, digitised within 2 %, and runs at computes in between, down to one gap of chains."""
+    rng = np.random.default_rng(seed)
+    budgets = [(c * math.exp(rng.normal(0, 0.01)), n) for c in (1e19, 4e19, 1.6e20, 6.4e20) for n in SIZES * c**0.5]
+    others = [(c, 0.04 * c**0.5 * math.exp(rng.uniform(-1, 1))) for c in np.geomspace(1.2e19, 5.8e20, between)]
+    return [
+        {"Model Size": n, "Training FLOP": c, "loss": 1.8 + 480 * n**-0.35 + 2000 * (c / 6 / n) ** -0.37}
+        for c, n in budgets + others
+    ]
+
+
+SIZES = 0.04 * np.geomspace(0.25, 4, 8)
+
+
+def test_runs_between_budgets_chain_nothing_together():
+    """As in digitised published tables: isoFLOP curves and other runs in one list, without a column of budgets."""
+    rows = scattered_rows()
+    runs = ingest(rows)
+    assert len(runs) == len(rows), dropped_lines(runs)
+    found = [c for c, part in runs.budgets() if len(part) >= 8]
+    assert found == pytest.approx([1e19, 4e19, 1.6e20, 6.4e20], rel=0.15)
+    assert all(np.ptp(np.log(part.flops)) <= 0.3 for _, part in runs.budgets())
+    assert runs.loose.any() and any("lie between budgets" in note for note in runs.notes)
+    surface = fit_surface(*columns(runs), profile=False).surface
+    assert (surface.E, surface.alpha, surface.beta) == pytest.approx((1.8, 0.35, 0.37), rel=1e-5)
+
+
+def test_seeds_of_one_size_are_replicates_and_twins_are_not():
+    rows = [
+        {"params": n, "tokens": 1e18 / 6 / n, "loss": 3 + 0.01 * k, "budget": 1e18, "seed": k}
+        for n in (1e7, 2e7, 4e7, 8e7)
+        for k in (0, 1, 2)
+    ]
+    assert len(ingest(rows)) == 12
+    without = ingest([{k: v for k, v in row.items() if k != "seed"} for row in rows])
+    assert len(without) == 4 and set(without.loss) == {3.0}
+    twice = ingest([*rows, rows[0] | {"loss": 3.5}])
+    assert len(twice) == 12 and [d.row for d in twice.dropped] == [13]
+
+
+def test_the_minimum_of_an_interpolated_curve_takes_the_mean_of_replicates():
+    rows = [
+        {"params": n, "tokens": 1e18 / 6 / n, "loss": y * math.exp(e), "budget": 1e18, "seed": str(e)}
+        for n, y in ((1e7, 3.4), (2e7, 3.1), (4e7, 3.0), (8e7, 3.2))
+        for e in (-0.02, 0.02)
+    ]
+    both = profiles(ingest(rows), vertex="akima").vertices[0]
+    means = profiles(ingest([r | {"loss": r["loss"] * math.exp(-float(r["seed"]))} for r in rows[::2]]), vertex="akima")
+    assert both.params == pytest.approx(means.vertices[0].params) and both.sizes == 4
+
+
+def test_highest_losses_are_left_out_on_request_and_named():
+    runs = ingest(scattered_rows(0), drop_highest=2)
+    highest = sorted(range(32), key=lambda i: -scattered_rows(0)[i]["loss"])[:2]
+    assert [d.row - 1 for d in runs.dropped] == sorted(highest)
+    assert "as asked" in dropped_lines(runs)[0]
 
 
 # -- profiles
