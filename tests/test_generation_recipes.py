@@ -181,7 +181,7 @@ def test_noise_weights_are_min_snr():
     from diffusers import DDIMScheduler
     from diffusers.training_utils import compute_snr
 
-    scheduler = DDIMScheduler(beta_start=recipes.BETAS[0], beta_end=recipes.BETAS[1], beta_schedule="scaled_linear")
+    scheduler = DDIMScheduler(beta_start=recipes.BETA_START, beta_end=0.012, beta_schedule="scaled_linear")
     snr = compute_snr(scheduler, torch.arange(1000))
     weights = recipes.noise_weights(scheduler.alphas_cumprod)
     assert torch.allclose(weights, snr.clamp_max(5) / snr, rtol=1e-5)

@@ -117,7 +117,7 @@ def autoencoder_loss(images, decoded, mean, logvar, kl_weight: float) -> dict[st
     return {"loss": 4 * mse + 0.2 * l1 + kl_weight * kl, "mse": mse, "l1": l1, "kl": kl}
 
 
-BETAS = (0.00085, 0.012)  # of the first and last of 1,000 steps of Stable Diffusion's "scaled linear" schedule
+BETA_START = 0.00085  # of the first of 1,000 steps of Stable Diffusion's "scaled linear" schedule
 LENGTH = 24  # tokens of a prompt, begin and end included
 PROMPTS = 800  # for the figures of a finished model
 OPENED_FROM = ("_name_or_path", "name_or_path", "is_local", "local_files_only")  # what a config says of a folder
@@ -133,12 +133,17 @@ SKEWS = (
 
 @dataclass(frozen=True)
 class MiniUNet(Recipe):
-    """The embedded Stable Diffusion: a U-Net and the text encoder trained with it, on the latents of an autoencoder."""
+    """The embedded Stable Diffusion: a U-Net and the text encoder trained with it, on the latents of an autoencoder.
+
+    From nothing, errors count as `noise_weights` say; with `start`, what it made before goes on with `picture_weights`.
+    """
 
     name: ClassVar[str] = "mini-unet"
     version: ClassVar[int] = 1
 
     vae: Weights = ""  # what mini-vae made
+    start: Weights = ""  # or what mini-unet made before, to go on with; its parts and widths are taken
+    beta_end: float = 0.012  # of the noise schedule; with Stable Diffusion's 0.012 its last step still shows a picture
     widths: str = "64,80"  # channels of the U-Net at 8 x 8 and 4 x 4; multiples of 16
     text_width: int = 96  # a multiple of 4
     text_layers: int = 2
@@ -150,6 +155,8 @@ class MiniUNet(Recipe):
 
     def __post_init__(self):
         _positive(self, "text_width", "text_layers", "steps", "batch", "pictures", "lr", "decay")
+        if not BETA_START < self.beta_end < 0.1:
+            raise UsageError(f"mini-unet: beta_end is {self.beta_end}", hint="between 0.00085 and 0.1, as 0.012")
         if len(widths := _widths(self)) != 2 or any(w % 16 for w in widths):
             raise UsageError(f"mini-unet: widths are {self.widths!r}", hint="two multiples of 16, as in 64,80")
         if self.text_width % 4:
@@ -163,8 +170,16 @@ class MiniUNet(Recipe):
         from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
         from transformers import CLIPTextConfig, CLIPTextModel
 
-        if not self.vae:
-            raise UsageError("mini-unet learns on the latents of an autoencoder", hint="-p vae=FOLDER, of mini-vae")
+        if bool(self.vae) == bool(self.start):
+            raise UsageError(
+                "mini-unet learns on the latents of an autoencoder, or goes on with a pipeline",
+                hint="one of -p vae=FOLDER, of mini-vae, and -p start=FOLDER, of mini-unet",
+            )
+        if self.start:
+            pipeline = load_pipeline(open_folder(self.start))
+            scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, beta_end=self.beta_end)
+            pipeline.register_modules(scheduler=scheduler)
+            return (yield from denoising(self, pipeline, ctx, picture_weights(scheduler.alphas_cumprod)))
         words = tokenizer.build(world.WORDS, LENGTH)
         text = CLIPTextConfig(
             vocab_size=len(words),
@@ -192,8 +207,8 @@ class MiniUNet(Recipe):
         )
         scheduler = DDIMScheduler(
             num_train_timesteps=1000,
-            beta_start=BETAS[0],
-            beta_end=BETAS[1],
+            beta_start=BETA_START,
+            beta_end=self.beta_end,
             beta_schedule="scaled_linear",
             clip_sample=False,
             set_alpha_to_one=False,
