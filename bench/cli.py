@@ -125,7 +125,9 @@ def _json(verb: Parser) -> None:
 def _how(verb: Parser) -> None:
     group = verb.add_argument_group("how the work is done (changes no result)")
     group.add_argument("--store", metavar="FOLDER", help="folder of runs and blobs (default .bench)")
-    group.add_argument("--devices", metavar="LIST", help="cpu, cuda:0,cuda:1, …: one worker each (default: every GPU)")
+    group.add_argument("--engine", metavar="NAME", help="local (default), or ray: workers on a Ray cluster")
+    group.add_argument("--ray", metavar="ADDRESS", help="of the cluster: HOST:PORT, auto, or local for one of its own")
+    group.add_argument("--devices", metavar="LIST", help="cpu, cuda:0,cuda:1, cpu*4: a worker each (default every GPU)")
     group.add_argument("--batch", metavar="N", help="items at a time (default 16)")
     group.add_argument("--keep", metavar="WHAT", help="media kept: none, sample, all (default all below 2,000 items)")
     group.add_argument("--threads", metavar="N", help="of each worker")

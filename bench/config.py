@@ -34,7 +34,9 @@ class How:
     """How the work is done. Nothing here changes a result, and nothing here is part of an identity."""
 
     store: str = ".bench"  # folder of runs and blobs
-    devices: str = "auto"  # "cpu", "cuda:0,cuda:1", "cpu,cpu": one worker each
+    engine: str = "local"  # where workers live: processes of this machine, or actors of a Ray cluster
+    ray: str = ""  # address of the cluster; "": RAY_ADDRESS, else one on this machine, else one that ends with the run
+    devices: str = "auto"  # "cpu", "cuda:0,cuda:1", "cpu,cpu" or "cpu*2": one worker each
     batch: int = 16  # items at a time; halved when memory runs out
     keep: str = "auto"  # media kept: none, sample (64 items by hash), all; auto: all below 2,000 items, else sample
     threads: int = 1  # of each worker; more suit a large model on a CPU, and may change the last digits
@@ -71,6 +73,8 @@ def _validate(how: How, origins: Mapping[str, Value]) -> None:
 
     if how.batch < 1:
         refuse("batch", "at least 1")
+    if how.engine not in ("local", "ray"):
+        refuse("engine", "local or ray")
     if how.keep not in ("auto", "none", "sample", "all"):
         refuse("keep", "none, sample, all or auto")
     if how.threads < 1:

@@ -16,18 +16,19 @@ from typing import Any
 from bench import door, registry
 from bench.capabilities import PictureSet
 from bench.config import Arguments, How, bind, data_field, data_fields, markers
-from bench.engine import LocalEngine, Measure
+from bench.engine import Engine, LocalEngine, Measure
 from bench.identity import digest, fingerprint, without_copy
 from bench.store import Run, Store, dump_scores, run_id
 from bench.suite import Suite
 from bench.types import Error, Json, Model, Record, Score, Unit, UsageError, Weights
-from bench.worker import GENERATED, Work, open_model, parse_model, require, utc
+from bench.worker import GENERATED, Work, code_digest, open_model, parse_model, require, utc, versions_of
 
 SAMPLE = 64  # items whose media a sample keeps, of the model and of what all models share
 KEEP_ALL_BELOW = 2_000  # items
 PREFLIGHT_ABOVE = 50  # units
 FREE_BYTES = 100_000_000
 LEAST_FAILURES = 3
+MOST_WORKERS = 10_000
 
 
 class Observer:
@@ -147,10 +148,12 @@ def execute(
     fresh: bool = False,
     extra_meta: Mapping[str, Json] | None = None,
     observer: Observer | None = None,
+    engine: Engine | None = None,
 ) -> Run:
     """Measures what is pending and derives the scores. Doing it again continues, or does nothing.
 
     `model` is an adapter's name with its `arguments`, or a live object with an `identity` that tells it from others.
+    `engine` stands in for the one that `how` names.
     Raises Error when the run cannot start or had to stop; what was measured stays.
     """
     how = how or How(store=str(store.root) if store else ".bench")
@@ -168,9 +171,8 @@ def execute(
         limit=limit,
         strict=how.strict,
     )
-    return carry_out(
-        plan, store, how, seed=seed, limit=limit, shard=shard, fresh=fresh, extra_meta=extra_meta, observer=observer
-    )
+    options = {"shard": shard, "fresh": fresh, "extra_meta": extra_meta, "observer": observer, "engine": engine}
+    return carry_out(plan, store, how, seed=seed, limit=limit, **options)
 
 
 def carry_out(
@@ -184,6 +186,7 @@ def carry_out(
     fresh: bool = False,
     extra_meta: Mapping[str, Json] | None = None,
     observer: Observer | None = None,
+    engine: Engine | None = None,
 ) -> Run:
     """The measuring half of `execute`, for a plan at hand."""
     observer = observer or Observer()
@@ -193,9 +196,7 @@ def carry_out(
     run = find_run(plan, store) if not fresh else None
     pending = run.pending(mine) if run else list(mine)
     if pending:
-        devices = resolve_devices(how.devices)
-        if not isinstance(plan.model, str) and how.devices == "auto":
-            devices = devices[:1]  # a live model lives in this process
+        engine = engine or choose_engine(plan, how)
         work = Work(
             suite=plan.suite_ref,
             fields={f.name: getattr(plan.suite, f.name) for f in fields(plan.suite)},
@@ -206,17 +207,18 @@ def carry_out(
             limit=limit,
             seed=seed,
             spec_digest=digest(plan.spec),
+            spec=plan.spec,
+            versions=versions_of(type(plan.suite)) if _elsewhere(engine) else {},
+            patience=plan.suite.patience,
             shared_digest="" if fresh else digest({k: v for k, v in plan.spec.items() if not k.startswith("adapter")}),
             run_id=run_id(plan.spec, plan.label),
             kept=_kept(how.keep, plan),
-            how=replace(how, devices=",".join(devices)),
+            how=how,
         )
-        processes = how.isolate or len(devices) > 1 or how.unit_timeout > 0 or _foreign(plan)
-        engine = LocalEngine(devices, processes)
-        live = {} if processes else {"suite": plan.suite, "manifest": plan.manifest}
+        live = {} if _elsewhere(engine) else {"suite": plan.suite, "manifest": plan.manifest}
         if not isinstance(plan.model, str):
             live["model"] = plan.model
-        _preflight(plan, store)
+        check_ready(plan, store)
         if run:
             run.check_free(shard)
         with engine.open(work, **live) as measure:
@@ -226,7 +228,7 @@ def carry_out(
                 plan.spec, {**plan.meta, **(extra_meta or {}), **_provenance(), "started": utc()}, fresh=fresh
             )
             observer.begin(run, mine, pending)
-            _record(run, measure, pending, shard, how, observer)
+            _record(run, measure, pending, shard, how, observer, code_digest(type(plan.suite)))
     else:
         assert run
         observer.begin(run, mine, pending)
@@ -247,27 +249,59 @@ def find_run(plan: Plan, store: Store) -> Run | None:
     return run
 
 
-def _record(run: Run, measure: Measure, pending: Sequence[Unit], shard: str, how: How, observer: Observer) -> None:
-    """Appends a record for each pending unit; stops early when too many fail."""
+def choose_engine(plan: Plan, how: How) -> Engine:
+    """The engine that `how` names. Foreign code and what has a time limit get a process of their own."""
+    if how.engine == "ray":
+        from bench.ray_engine import RayEngine
+
+        return RayEngine(() if how.devices == "auto" else resolve_devices(how.devices), how.ray)
+    devices = resolve_devices(how.devices)
+    if not isinstance(plan.model, str) and how.devices == "auto":
+        devices = devices[:1]  # a live model lives in this process
+    return LocalEngine(devices, how.isolate or len(devices) > 1 or how.unit_timeout > 0 or _foreign(plan))
+
+
+def _elsewhere(engine: Engine) -> bool:
+    """Do its workers live in other processes?"""
+    return not isinstance(engine, LocalEngine) or engine.processes or len(engine.devices) > 1
+
+
+def _record(
+    run: Run, measure: Measure, pending: Sequence[Unit], shard: str, how: How, observer: Observer, code: str
+) -> None:
+    """Appends a record for each pending unit; stops early when too many fail.
+
+    Records that are ready together are made durable together, before any of their workers is given another unit.
+    What comes twice is ignored; what other code measured stops the run.
+    """
     from bench.store import record_line
 
-    attempts = {r.unit: r.attempt for r in run.records().values()}
+    attempts = {r.key: r.attempt for r in run.records().values()}
     allowed = max(LEAST_FAILURES, how.max_failures * len(pending))
-    by_id = {u.id: u for u in pending}
+    awaited = {run.key(u): u for u in pending}
     ordered = sorted(pending, key=lambda u: -u.cost)  # longest first; equal ones keep their order
     done = failed = 0
     with run.writer(shard, observer.say) as log:
-        for record in measure(ordered):
-            record = replace(record, attempt=record.attempt + attempts.get(record.unit, 0))
+        for group in measure(ordered):
+            new = {r.key: r for r in reversed(group) if r.key in awaited}  # of two the first
+            records = [replace(r, attempt=r.attempt + attempts.get(r.key, 0)) for r in reversed(new.values())]
+            for record in records:
+                if record.code not in ("", code):
+                    raise Error(
+                        f"unit {record.unit} was measured with code {record.code}, not {code}",
+                        hint="install the same version everywhere, then run the same command again",
+                    )
             with door.signals_held() as came:
-                log.append(record_line(record))
-                observer.done(by_id[record.unit], record)
+                log.append(b"".join(map(record_line, records)))
+                for record in records:
+                    observer.done(awaited.pop(record.key), record)
             if came:
                 signal.raise_signal(came[0])
-            done += 1
-            failed += record.status == "failed"
-            if failed > allowed and done < len(pending):
-                assert record.error
+            done += len(records)
+            failures = [r for r in records if r.status == "failed"]
+            failed += len(failures)
+            if failures and failed > allowed and done < len(pending):
+                record = failures[-1]
                 raise Error(
                     f"stopped: {failed} of {done} units failed, more than --max-failures allows; the last: "
                     f"{record.unit}: {record.error['kind']}: {record.error['message']}",
@@ -498,7 +532,7 @@ def _foreign(plan: Plan) -> bool:
 # -- before the first unit
 
 
-def _preflight(plan: Plan, store: Store) -> None:
+def check_ready(plan: Plan, store: Store) -> None:
     """What can fail is tried first: files of the manifest, room and access in the store."""
 
     for manifest in (plan.manifest, *plan.others.values()):
@@ -512,10 +546,9 @@ def _preflight(plan: Plan, store: Store) -> None:
             f"{store.root} has {free // 1_000_000} MB free", hint="make room, or name another store with --store"
         )
 
-
 def _try_two_items(unit: Unit, measure: Measure, model: str) -> None:
     """A long run begins with a unit of two items that is not recorded."""
-    (record,) = measure([replace(unit, items=unit.items[:2])])
+    ((record,),) = measure([replace(unit, items=unit.items[:2])])
     if record.status == "failed":
         assert record.error
         raise Error(
@@ -525,9 +558,13 @@ def _try_two_items(unit: Unit, measure: Measure, model: str) -> None:
 
 
 def resolve_devices(text: str) -> tuple[str, ...]:
-    """`auto` is every GPU, else the CPU; otherwise a list by commas."""
+    """`auto` is every GPU, else the CPU; otherwise a list by commas, in which `cpu*4` stands four times."""
     if text != "auto":
-        names = tuple(d.strip() for d in text.split(",") if d.strip())
+        parts = [part.partition("*") for part in text.split(",") if part.strip()]
+        for name, star, count in parts:
+            if star and not (count.isascii() and count.isdigit() and 1 <= int(count) <= MOST_WORKERS):
+                raise UsageError(f"{name}*{count} is not a device and a number", hint=f"cpu*4; at most {MOST_WORKERS}")
+        names = tuple(name.strip() for name, _, count in parts for _ in range(int(count or 1)))
         for name in names:
             if name.partition(":")[0] not in ("cpu", "cuda", "mps") and not name.isdigit():
                 raise UsageError(f"unknown device {name!r}", hint="cpu, cuda:0, mps; several by commas")

@@ -104,8 +104,10 @@ def run_steps(steps: Sequence[Step], store: Store, how: How, **options: Any) -> 
     With several devices and several runs, each device takes a run at a time: a model is opened once and no run waits
     for another. A single run is spread over all devices.
     """
+    from bench.execution import resolve_devices
+
     steps = list({command_of(step, store): step for step in steps}.values())  # the same run twice is one run
-    devices = [d for d in how.devices.split(",") if d.strip()]
+    devices = () if how.devices == "auto" or how.engine == "ray" else resolve_devices(how.devices)
     if len(devices) < 2 or len(steps) < 2:
         for step in steps:
             yield run_step(step, store, how, **options)

@@ -104,6 +104,7 @@ class Suite(ABC):
     slices: ClassVar[tuple[str, ...]] = ()  # columns to disaggregate by
     sensitive: ClassVar[bool] = False  # galleries are blurred, media not exported
     value_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
+    patience: ClassVar[float] = 600.0  # seconds a unit may take while none is done; then ten times the others' median
 
     @abstractmethod
     def units(self, *data: Any) -> Iterator[Unit]:

@@ -48,6 +48,9 @@ class Work:
     seed: int = 0
     spec_digest: str = ""
     shared_digest: str = ""  # of the specification without the model; "": nothing is taken over from other runs
+    spec: Mapping[str, Json] = field(default_factory=dict)  # of the run, for workers on other machines
+    versions: Mapping[str, str] = field(default_factory=dict)  # the driver's, see `versions_of`
+    patience: float = 600.0  # seconds that a unit may take while none is done
     run_id: str = ""
     kept: frozenset[str] | None = frozenset()  # items whose media are kept; None: all
     how: How = field(default_factory=How)
@@ -63,6 +66,7 @@ class NonFinite(BadOutput):
 
 class Worker:
     """Measures units. `suite`, `model` and `manifest` may be given as live objects; else they are opened by name."""
+        _refuse_other(work.versions, versions_of(type(self.suite)) if work.versions else {})
 
     def __init__(
         self, work: Work, device: str = "cpu", *, suite: Suite | None = None, model: Any = None, manifest: Any = None
@@ -508,6 +512,27 @@ def _free_memory() -> None:
     gc.collect()
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
         sys.modules["torch"].cuda.empty_cache()
+
+@cache
+def versions_of(cls: type) -> Mapping[str, str]:
+    """What decides a number beside model and data: workers that differ in it do not share a run."""
+    from importlib.metadata import version
+
+    root = Path(__file__).parent
+    files = sorted(p for part in (".", "adapters", "mini") for p in (root / part).glob("*.py"))  # not those of reports
+    harness = [[p.relative_to(root).as_posix(), file_digest(p)] for p in files]
+    packages = {name: version(name) for name in ("touchstone-bench", "torch", "numpy", "pillow")}
+    return {**packages, "the harness's code": digest(harness)[:16], "the suite's code": code_digest(cls)}
+
+
+def _refuse_other(drivers: Mapping[str, str], own: Mapping[str, str]) -> None:
+    other = [name for name, value in drivers.items() if own.get(name) != value]
+    if other:
+        raise Error(
+            f"this worker has {other[0]} {own.get(other[0])}, its driver {drivers[other[0]]}",
+            hint="install the same versions everywhere, then run the same command again",
+        )
+
 
 
 def _device_name(device: str) -> str:

@@ -34,14 +34,14 @@ def the_run(folder):
 
 
 def children(pid):
-    """The processes of a process group that still run."""
+    """The processes of a session that still run: workers have process groups of their own."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rsplit(")", 1)[1].split()
         except OSError:
             continue
-        if int(fields[2]) == pid and fields[0] != "Z":
+        if int(fields[3]) == pid and fields[0] != "Z":
             found.append(int(stat.parent.name))
     return found
 
@@ -131,7 +131,7 @@ def test_an_adapter_from_a_file_lives_in_a_process_of_its_own_and_a_plain_one_he
     assert done.code == 3 and the_run(tmp_path).failures()[0].error["kind"] == "SystemExit"
     work = Work(f"{TOYS}:Drawing", {}, f"{TOYS}:Painter", how=How(store=str(tmp_path), devices="cpu", threads=1))
     with LocalEngine().open(work) as measure:
-        (record,) = measure([Unit("u", ("item-001",))])
+        ((record,),) = measure([Unit("u", ("item-001",))])
     assert isinstance(record, Record) and record.status == "ok"
 
 

@@ -277,7 +277,7 @@ def start(folder, *argv, env=None, stdout=None):
     code = 99
     try:
         os.chdir(folder)
-        os.setpgid(0, 0)
+        os.setsid()
         os.environ.update({"BENCH_THREADS": "1", "BENCH_DEVICES": "cpu", **(env or {})})
         for fd, name in ((1, stdout or ".out"), (2, ".err")):
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
