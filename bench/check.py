@@ -5,8 +5,9 @@ Nothing here judges quality. A `fail` breaks the contract and would spoil scores
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,12 +33,20 @@ TESTS: dict[str, Callable[[Any, Report], None]] = {
 }
 
 
-def check(model: Any, *, size: int = 64, seed: int = 0, device: str | None = None) -> list[Finding]:
+def check(
+    model: Any,
+    *,
+    size: int = 64,
+    seed: int = 0,
+    device: str | None = None,
+    elsewhere: Callable[[str, Sequence[Any], Sequence[int]], Any] | None = None,
+) -> list[Finding]:
     """Tries every capability that an object holds, on pictures of `size` px; a fault of the model is a finding.
 
     `device` is where inputs lie and pictures must come back; by default the model's own `device`, or the CPU.
+    `elsewhere` calls a method of generators in another worker, see `second_worker`.
     """
-    report = Report(str(device or getattr(model, "device", None) or "cpu"), size, seed)
+    report = Report(str(device or getattr(model, "device", None) or "cpu"), size, seed, elsewhere)
     names = held(model)
     for capability in CAPABILITIES:
         present = [m for m in methods(capability) if callable(getattr(model, m, None))]
@@ -59,6 +68,31 @@ def check(model: Any, *, size: int = 64, seed: int = 0, device: str | None = Non
     )
     report.add("global random state", "ok" if same else "warn", note)
     return report.findings
+
+
+@contextlib.contextmanager
+def second_worker(
+    name: str, what: Mapping[str, Any], how: Mapping[str, Any], device: str
+) -> Iterator[Callable[[str, Sequence[Any], Sequence[int]], Any]]:
+    """A process that opens the model a second time when it is first asked for pictures, as another worker would."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+
+        def call(method: str, inputs: Sequence[Any], seeds: Sequence[int]) -> Any:
+            import torch
+
+            work = (name, dict(what), dict(how), device, method, list(inputs), list(seeds))
+            return torch.from_numpy(pool.submit(_made_elsewhere, *work).result()).to(device)
+
+        yield call
+
+
+def _made_elsewhere(name, what, how, device, method, inputs, seeds) -> np.ndarray:
+    from bench.worker import open_model
+
+    return getattr(open_model(name, what, how, device), method)(inputs, seeds).detach().cpu().numpy()
 
 
 def _global_state() -> tuple[Any, ...]:

@@ -308,7 +308,7 @@ def rescore(args: Namespace) -> int:
     store = Store(how.store)
     runs = [store.run(name) for name in args.runs]
     for run in runs:
-        say(f"{run.id}: {counted(remeasure(run, args.metric), 'unit')} measured")
+        say(f"{run.id}: {counted(remeasure(run, args.metric, how), 'unit')} measured")
         derive(run, suite_of(run))
         if not args.json:
             print_scores(run)
@@ -337,6 +337,7 @@ def data(args: Namespace) -> int:
 
 def check(args: Namespace) -> int:
     from bench.check import check as conformance
+    from bench.check import second_worker
     from bench.execution import resolve_devices
     from bench.show import columns
     from bench.worker import open_model
@@ -345,7 +346,9 @@ def check(args: Namespace) -> int:
     bound = config.bind(factory, args.model, {}, config.assignments(args.m, "-m"))
     device = resolve_devices(args.devices)[0]
     model = open_model(args.model, bound.what, bound.how, device)
-    findings = [asdict(f) for f in conformance(model, size=args.size, device=device)]
+    with second_worker(args.model, bound.what, bound.how, device) as elsewhere:
+        found = conformance(model, size=args.size, device=device, elsewhere=elsewhere)
+    findings = [asdict(f) for f in found]
     if args.suite:
         findings.append(_try_suite(args, bound, device))
     if args.json:

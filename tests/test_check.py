@@ -12,8 +12,9 @@ import torch
 from bench.adapters.codecs import FORMATS, Codec
 from bench.adapters.toy import Toy
 from bench.capabilities import Answer, Completion, Condition, Latents
-from bench.check import check
+from bench.check import check, second_worker
 from bench.types import Error
+from bench.worker import open_model
 
 
 def failed(findings, status="fail"):
@@ -575,3 +576,35 @@ def test_an_object_without_capabilities_is_told_what_it_lacks():
     found = check(Half())
     assert "Autoencoder" in failed(found)["capabilities"]
     assert "encode but no decode" in failed(found, "warn")["Autoencoder"]
+
+
+# --- another worker
+
+
+WORKER = """
+import os
+
+import torch
+
+
+class Drawer:
+    def __init__(self, own: bool = False):
+        self.own = own
+
+    def generate(self, prompts, seeds):
+        shift = os.getpid() if self.own else 0
+        rows = [torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(s + len(p) + shift))
+                for p, s in zip(prompts, seeds)]
+        return torch.stack(rows)
+"""
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_second_worker_must_draw_the_same_pictures(tmp_path, own):
+    (tmp_path / "drawer.py").write_text(WORKER)
+    name = f"{tmp_path / 'drawer.py'}:Drawer"
+    with second_worker(name, {"own": own}, {}, "cpu") as elsewhere:
+        findings = check(open_model(name, {"own": own}, {}, "cpu"), elsewhere=elsewhere)
+    faults = failed(findings)
+    assert [f.status for f in findings if f.name == "TextToImage: another worker"] == ["fail" if own else "ok"]
+    assert set(faults) == ({"TextToImage: another worker"} if own else set())

@@ -29,6 +29,12 @@ def _generator(model: Any, report: Report, method: Callable, what: str, inputs: 
     again = report.call("same seed twice", method, list(inputs), list(seeds))
     compare(report, "same seed twice", copy, again, 0.0, REPEAT, "the same seed must give the same picture")
     batches(report, model, copy, lambda i: method([inputs[i]], [seeds[i]]))
+    if report.elsewhere:
+        half = slice(n // 2, n)
+        theirs = report.call("another worker", report.elsewhere, method.__name__, inputs[half], seeds[half])
+        far = math.inf if getattr(model, "batch_matters", False) else STEP
+        why = "a picture must depend on its input and seed alone, not on the process that draws it"
+        compare(report, "another worker", theirs, copy[half], CLOSE, far, why)
     turned = report.call("other order", method, list(inputs[::-1]), seeds[::-1])
     if getattr(turned, "shape", None) == copy.shape:
         far = math.inf if getattr(model, "batch_matters", False) else STEP

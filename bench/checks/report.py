@@ -29,8 +29,8 @@ class Finding:
 class Report:
     """The findings so far, and how to try something that may break."""
 
-    def __init__(self, device: str, size: int, seed: int):
-        self.device, self.size, self.seed = device, size, seed
+    def __init__(self, device: str, size: int, seed: int, elsewhere: Callable | None = None):
+        self.device, self.size, self.seed, self.elsewhere = device, size, seed, elsewhere
         self.about = ""
         self.findings: list[Finding] = []
 
