@@ -217,7 +217,14 @@ def profiles(
         else:
             found.append(interpolated(part.params, part.loss, part.tokens, budget))
     used = [v for v in found if not v.problem]
-    warnings = [f"budget {v.budget:.3g} is not used: {v.problem}" for v in found if v.problem]
+    problems: dict[str, list[str]] = {}
+    for v in found:
+        if v.problem:
+            problems.setdefault(v.problem, []).append(f"{v.budget:.3g}")
+    warnings = [
+        f"budget {at[0]} is not used: {why}" if len(at) == 1 else f"budgets {', '.join(at)} are not used: {why}"
+        for why, at in problems.items()
+    ]
     if len(used) < 2:
         warnings.append(f"{len(used)} of {len(found)} budgets have a usable minimum: no law can be drawn through them")
         return Profiles(tuple(found), None, None, tuple(warnings))
