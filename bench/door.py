@@ -263,4 +263,5 @@ def _explained(verb: str, path: Path) -> Iterator[None]:
         yield
     except OSError as e:
         hint = "what was saved before is still there; make room or mend the folder, then run the same command again"
-        raise Stop(f"cannot {verb} {e.filename or path}: {e.strerror or e}", hint=hint) from e
+        named = e.filename if e.filename and not str(e.filename).endswith(".tmp") else path  # no name that nobody knows
+        raise Stop(f"cannot {verb} {named}: {e.strerror or e}", hint=hint) from e

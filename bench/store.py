@@ -208,7 +208,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as e:
         raise Error(f"{path} is damaged: {e}", hint=aside) from None
     written = meta.get("format") if isinstance(meta, dict) else None
-    if written is not None and written != FORMAT:
+    if written is not None and (type(written) is not int or written != FORMAT):
         raise Error(f"{path} has format {written}; this version reads {FORMAT}", hint="use the version that wrote it")
     needed = {"format": int, "spec": dict, "model": str, "units": int, "items": int, "manifests": list}
     inner = {"suite": str, "suite_version": int, "fields": dict, "seed": int}
