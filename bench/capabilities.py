@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -34,21 +34,32 @@ class Condition:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a chat model said."""
+    """What a chat model said. With a `failure` nothing else counts but what a reader needs to see why."""
 
     text: str
     parsed: Any = None  # the object, where a schema was asked for
     choices: Mapping[str, float] | None = None  # probabilities, where choices were asked for
     finish: str = "stop"
     key: str = ""  # of the reply in the record/replay store
+    failure: str = ""  # one of FAILURES, or ""
+    reply: str = ""  # of a failure: what came instead, at most 4 kB
+    tries: int = 1  # calls that it took
+    served: Mapping[str, Any] = field(default_factory=dict)  # as a server says: model, system_fingerprint, usage
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a VQA model answered: probabilities over the choices, or None when it abstains."""
+    """What a VQA model answered: probabilities over the choices, or None when it abstains or fails."""
 
     probabilities: Sequence[float] | None
     key: str = ""
+    failure: str = ""  # as in Completion
+    reply: str = ""
+    tries: int = 1
+
+
+# Why a model that was asked gave nothing that counts. None of these is an answer, and none is a zero.
+FAILURES = ("Refused", "Unparsable", "Truncated", "Timeout", "RateLimited", "BadReply", "Connection", "Server")
 
 
 @runtime_checkable
@@ -140,6 +151,8 @@ class DenoiserAccess(Protocol):
 
 @runtime_checkable
 class ChatModel(Protocol):
+    """May also have `identity()`: JSON of what decides its replies beside its arguments. So may a VQAModel."""
+
     def complete(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -148,12 +161,16 @@ class ChatModel(Protocol):
         choices: Sequence[str] | None = None,
         seed: int = 0,
         max_tokens: int = 512,
-    ) -> Completion: ...
+    ) -> Completion:
+        """Messages have a role and a content: text, or a list of {"type": "text", "text": ...} and {"type": "image",
+        "image": ...} with pictures as VQAModel takes them. A failure is a value; Stop is raised where no later item
+        can fare better."""
 
 
 @runtime_checkable
 class VQAModel(Protocol):
-    def answer(self, image: Tensor, question: str, choices: Sequence[str]) -> Answer: ...
+    def answer(self, image: Tensor, question: str, choices: Sequence[str]) -> Answer:
+        """image is uint8 [3, H, W], or float in [0, 1]."""
 
 
 @runtime_checkable

@@ -134,6 +134,7 @@ def _how(verb: Parser) -> None:
     group.add_argument("--strict", action="store_const", const=True, help="deterministic algorithms; rehash weights")
     group.add_argument("--isolate", action="store_const", const=True, help="the worker in a process of its own")
     group.add_argument("--unit-timeout", metavar="SECONDS", help="of one unit, for workers in processes")
+    group.add_argument("--replies", metavar="MODE", help="of judges: record, replay, replay-strict, refresh, off")
     group.add_argument("--max-failures", metavar="SHARE", help="of units, at which the run stops (default 0.05)")
 
 

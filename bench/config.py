@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from bench.replies import MODES
 from bench.types import Data, Error, Model, UsageError, Weights
 
 MAX_PLAN_BYTES = 16_000_000
@@ -43,6 +44,7 @@ class How:
     strict: bool = False  # deterministic algorithms only; rehash weights
     isolate: bool = False  # the worker in a process of its own, also for our own adapters
     unit_timeout: float = 0.0  # seconds; 0: ten times the median, at least ten minutes (workers in processes)
+    replies: str = "record"  # of models that talk: record, replay, replay-strict, refresh, off (bench/replies.py)
     max_failures: float = 0.05  # share of units, and at least three, after which the run stops
 
 
@@ -81,6 +83,8 @@ def _validate(how: How, origins: Mapping[str, Value]) -> None:
         refuse("threads", "at least 1")
     if how.unit_timeout < 0:
         refuse("unit_timeout", "0 or more seconds")
+    if how.replies not in MODES:
+        refuse("replies", f"one of {', '.join(MODES)}")
     if not 0 <= how.max_failures <= 1:
         refuse("max_failures", "a share between 0 and 1")
 
@@ -182,6 +186,12 @@ def bind(
                 weights.add(p)
         origins[p] = Value(value, origin)
     return Arguments(what, how, frozenset(weights), origins, "device" in known)
+
+
+def file_arguments(factory: Callable) -> frozenset[str]:
+    """The arguments of an adapter's factory that are weights or other files."""
+    hints = _hints(factory.__init__ if inspect.isclass(factory) else factory)
+    return frozenset(name for name, kind in hints.items() if _is(kind, Weights) or _is(kind, Path))
 
 
 # -- text to values

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from bench.types import Error
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
@@ -41,6 +42,23 @@ def extremes(media: Any) -> tuple[list[float], list[float]]:
         low, high = flat.aminmax(dim=1)
         return low.tolist(), high.tolist()
     return flat.min(axis=1).tolist(), flat.max(axis=1).tolist()
+
+
+def rgb(picture: Any) -> np.ndarray:
+    """uint8 [H, W, 3] of a picture as models are given it: uint8 [3, H, W], or float in [0, 1], rounded half up.
+
+    Raises Error for another shape, and for NaN and infinity.
+    """
+    import numpy as np
+
+    array = np.asarray(picture.detach().cpu() if hasattr(picture, "detach") else picture)
+    if array.ndim != 3 or array.shape[0] != 3 or 0 in array.shape:
+        raise Error(f"a picture is {list(array.shape)}, not [3, height, width]")
+    if array.dtype != np.uint8:
+        if not np.isfinite(array).all():
+            raise Error("a picture holds NaN or infinity", hint="look at the model's output before it is asked about")
+        array = np.floor(np.clip(array.astype(np.float64), 0, 1) * 255 + 0.5).astype(np.uint8)
+    return np.ascontiguousarray(array.transpose(1, 2, 0))
 
 
 def encode(picture: Any, value_range: tuple[float, float]) -> tuple[bytes, str]:

@@ -14,8 +14,12 @@ from typing import Any
 from bench import door, registry
 from bench.config import How, convert, field_types
 from bench.identity import digest, slug
+from bench.replies import Replies
 from bench.store import Run, heal, line
 from bench.types import Error, Record, Unit, UsageError
+
+BESIDE = ("-withheld", "-failure", "-reply", "-tries")  # columns that tell of a value: why it is null, what it took
+GIVEN = ("item", "unit", "flat", "cluster")  # columns that no metric measures
 
 
 def open_metric(text: str) -> Any:
@@ -64,18 +68,20 @@ def remeasure(run: Run, metric: str | None, how: How | None = None) -> int:
     if metric:
         records = [r for r in records if metric not in earlier.get(r.key, {}).get("metrics", ())]
     else:
-        records = [r for r in records if any(None in values for values in _columns(r, earlier).values())]
+        records = [r for r in records if _lacking(_columns(r, earlier))]
     if not records:
         return 0
-    ctx = WorkerContext(_Judging(run, suite), (how or How()).batch)
+    how = how or How()
+    ctx = WorkerContext(_Judging(run, suite, how), how.batch)
     path = run.path / "extra" / f"{slug(metric or 'nulls', 60)}-{digest(metric or '')[:8]}.jsonl"
     measured = 0
     with door.lock(door.make_folder(path.parent).parent / "extra.lock", f"run {run.id}"):
         heal(path)
         with contextlib.closing(door.Appender(path)) as log:
             for record in records:
-                columns, blobs = _measure(run, record, metrics, ctx)
                 known = _columns(record, earlier)
+                rows = range(len(record.rows)) if metric else _lacking(known)
+                columns, blobs = _measure(run, record, [str(record.rows[i]["item"]) for i in rows], metrics, ctx)
                 if metric:
                     clash = sorted(columns.keys() & known.keys())
                     if clash:
@@ -83,7 +89,7 @@ def remeasure(run: Run, metric: str | None, how: How | None = None) -> int:
                             f"{metric} writes {clash[0]!r}, which the run has already", hint="rename the metric"
                         )
                 else:
-                    columns, blobs = _filled(known, columns), {}
+                    columns, blobs = _filled(known, rows, columns), {}
                 if columns or blobs:
                     log.append(line({"key": record.key, "columns": columns, "blobs": blobs, "metric": metric or ""}))
                     measured += 1
@@ -104,12 +110,29 @@ def _columns(record: Record, earlier: Mapping[str, Any]) -> dict[str, list[Any]]
     return {**found, **earlier.get(record.key, {}).get("columns", {})}
 
 
-def _filled(known: Mapping[str, list[Any]], found: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    """The columns in which a null became a value; what was measured before stays as it was."""
+def _lacking(columns: Mapping[str, list[Any]]) -> list[int]:
+    """The rows with a null that no rule explains."""
+    names = [name for name in columns if name not in GIVEN and not name.endswith(BESIDE)]
+    return [i for i in range(len(columns["item"])) if any(_open(columns, name, i) for name in names)]
+
+
+def _open(columns: Mapping[str, list[Any]], name: str, i: int) -> bool:
+    return columns[name][i] is None and not columns.get(f"{name}-withheld", [None] * (i + 1))[i]
+
+
+def _filled(
+    known: Mapping[str, list[Any]], rows: Sequence[int], found: Mapping[str, list[Any]]
+) -> dict[str, list[Any]]:
+    """The columns in which a null of `rows` became a value, and what tells of it; the rest stays as it was."""
     filled = {}
     for name, values in found.items():
-        old = known.get(name, [None] * len(values))
-        new = [b if a is None else a for a, b in zip(old, values, strict=True)]
+        base = next((b for end in BESIDE if (b := name.removesuffix(end)) != name and b in found), name)
+        old = known.get(name, [None] * len(known["item"]))
+        new = list(old)
+        for place, i in enumerate(rows):
+            mended = (base not in known or _open(known, base, i)) and not _open(found, base, place)
+            if mended or old[i] is None:
+                new[i] = values[place]
         if new != old:
             filled[name] = new
     return filled
@@ -118,21 +141,24 @@ def _filled(known: Mapping[str, list[Any]], found: Mapping[str, list[Any]]) -> d
 class _Judging:
     """What a context needs of a worker when there is no model."""
 
-    def __init__(self, run: Run, suite: Any):
+    def __init__(self, run: Run, suite: Any, how: How):
         from bench.worker import Work
 
         self.suite, self.store, self.device = suite, run.store, "cpu"
         self.work = Work(run.meta["suite_ref"], {}, "", seed=run.spec["seed"], run_id=run.id)
         self.manifest: Any = None
         self.judges: dict[str, Any] = {}
+        self.replies = Replies(run.store.root / "replies", how.replies)
 
 
-def _measure(run: Run, record: Record, metrics: Sequence[Any], ctx: Any) -> tuple[dict[str, list], dict[str, str]]:
+def _measure(
+    run: Run, record: Record, items: Sequence[str], metrics: Sequence[Any], ctx: Any
+) -> tuple[dict[str, list], dict[str, str]]:
+    """Columns and blobs of some items of a unit, in their order."""
     import numpy as np
 
     from bench.worker import as_json
 
-    items = [str(row["item"]) for row in record.rows]
     columns: dict[str, list] = {}
     features: dict[str, list[np.ndarray]] = {}
     for batch in ctx.batches(Unit(record.unit, tuple(items))):

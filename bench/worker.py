@@ -19,10 +19,11 @@ from typing import Any
 
 from bench import door, registry
 from bench.capabilities import PictureSet, has, held
-from bench.config import How, bind, data_fields
-from bench.identity import canonical, digest, file_digest, seed_for, unit_key, without_copy
+from bench.config import How, bind, data_fields, file_arguments
+from bench.identity import canonical, digest, file_digest, fingerprint, seed_for, unit_key, without_copy
 from bench.pictures import batch_of, encode, extremes
 from bench.recipe import Recipe
+from bench.replies import Replies
 from bench.store import Store
 from bench.suite import Suite
 from bench.text import secrets
@@ -90,7 +91,11 @@ class Worker:
                 self.others = {name: opened(getattr(self.suite, name)) for name in others}
         for name, value in work.model_how.items():
             secrets().add_named(name, str(value))  # a process of its own was not told what was typed
-        self.model = model if model is not None else open_model(work.model, work.model_what, work.model_how, device)
+        self.replies = Replies(self.store.root / "replies", work.how.replies)
+        if model is None:
+            model = open_model(work.model, work.model_what, work.model_how, device)
+            model = self.replies.around(model, lambda: identity_of(work.model, work.model_what, self.store))
+        self.model = model
         require(self.suite, self.model, work.model)
         self.code = code_digest(type(self.suite))
         self.device_name = _device_name(device)
@@ -155,7 +160,8 @@ class Worker:
         known = self.store.recall(address)
         if known is None:
             rows, blobs = self._measure(unit, batch)
-            self.store.remember(address, rows, blobs)
+            if not any(row[name] for row in rows for name in row if name.endswith("-failure")):  # of a judge
+                self.store.remember(address, rows, blobs)
             return rows, blobs
         return tuple(known["rows"]), known["blobs"]
 
@@ -317,7 +323,9 @@ class WorkerContext:
         if name not in judges:
             model, arguments = parse_model(getattr(self._worker.suite, name))
             bound = bind(registry.find("adapters", model), model, {}, arguments)
-            judges[name] = open_model(model, bound.what, bound.how, self._worker.device)
+            judge = open_model(model, bound.what, bound.how, self._worker.device)
+            store = self._worker.store
+            judges[name] = self._worker.replies.around(judge, lambda: identity_of(model, bound.what, store))
         return judges[name]
 
     def weights(self, name: str) -> Path:
@@ -376,6 +384,16 @@ def open_model(name: str, what: Mapping[str, Any], how: Mapping[str, Any], devic
             f"model {name!r} cannot be opened: {type(e).__name__}: {plain(mask(str(e)))[:500]}",
             hint=f"raised at {Path(trace.filename).name}:{trace.lineno}; bench check --model {name} tries it alone",
         ) from e
+
+
+def identity_of(name: str, what: Mapping[str, Any], store: Store) -> Json:
+    """An adapter by its name, its file where it is one, and the arguments that decide what it says."""
+    from bench.weights import resolve
+
+    files = file_arguments(registry.find("adapters", name))
+    with store.digests() as digests:
+        given = {k: fingerprint(resolve(str(v)), digests) if k in files and v else v for k, v in what.items()}
+    return [registry.identity(name), given]
 
 
 def require(suite: Suite, obj: Any, name: str) -> None:

@@ -24,6 +24,7 @@ HEAVY = {
 }
 CONTRACTS = {f"bench.{name}" for name in ("types", "capabilities", "identity", "suite", "recipe")}
 LEARNT = CONTRACTS | {"bench.stats", "bench.weights", "bench.images"}  # what metrics and adapters may use
+LEARNT |= {"bench.pictures", "bench.text"}  # pictures as a model sees them; secrets to be masked
 GLUE = ("suite.py", "recipes.py", "recipes_judges.py")
 
 # call -> where it may stand, and why it does not go through bench/door.py

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bench.capabilities import Answer
+from bench.identity import file_digest
 from bench.mini import judges
 from bench.types import Error
 
@@ -26,6 +27,11 @@ class MiniVQA:
         self.device = device
         self.classifier = judges.load_classifier(device)
         self.network = judges.load_vqa(device)
+
+    def identity(self) -> list[str]:
+        """The checkpoints decide what it answers."""
+        found = (path for name in ("mini-classifier", "mini-vqa") for path in judges.folder(name).iterdir())
+        return [file_digest(path) for path in sorted(found) if path.suffix == ".safetensors"]
 
     def answer(self, image: Tensor, question: str, choices: Sequence[str]) -> Answer:
         """Probabilities of the choices, which add up to one; a choice that is no known answer gets 0.

@@ -14,6 +14,7 @@ _HOME = {
     "PRDC": "prdc",
     "InceptionScore": "inception_score",
     "CMMD": "cmmd",
+    "Asked": "asked",
 }
 
 __all__ = list(_HOME)
