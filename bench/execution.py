@@ -194,6 +194,11 @@ def carry_out(
         raise UsageError("--fresh would move the other shards' records aside", hint="--fresh once, without --shard")
     mine = plan.units[slice(*parse_shard(shard))] if shard else plan.units
     run = find_run(plan, store) if not fresh else None
+
+    def begun() -> Run:
+        meta = {**plan.meta, **(extra_meta or {}), **_provenance(), "started": utc()}
+        return store.open(plan.spec, meta, fresh=fresh)
+
     pending = run.pending(mine) if run else list(mine)
     if pending:
         engine = engine or choose_engine(plan, how)
@@ -208,7 +213,7 @@ def carry_out(
             seed=seed,
             spec_digest=digest(plan.spec),
             spec=plan.spec,
-            versions=versions_of(type(plan.suite)) if _elsewhere(engine) else {},
+            versions={} if isinstance(engine, LocalEngine) else versions_of(type(plan.suite)),
             patience=plan.suite.patience,
             shared_digest="" if fresh else digest({k: v for k, v in plan.spec.items() if not k.startswith("adapter")}),
             run_id=run_id(plan.spec, plan.label),
@@ -224,13 +229,11 @@ def carry_out(
         with engine.open(work, **live) as measure:
             if len(pending) > PREFLIGHT_ABOVE and len(pending[0].items) > 2:
                 _try_two_items(pending[0], measure, work.model)
-            run = store.open(
-                plan.spec, {**plan.meta, **(extra_meta or {}), **_provenance(), "started": utc()}, fresh=fresh
-            )
+            run = begun()
             observer.begin(run, mine, pending)
             _record(run, measure, pending, shard, how, observer, code_digest(type(plan.suite)))
     else:
-        assert run
+        run = run or begun()  # a shard that holds no unit may be the first to come
         observer.begin(run, mine, pending)
     derive(run, plan.suite)
     return run
@@ -545,7 +548,6 @@ def check_ready(plan: Plan, store: Store) -> None:
         raise Error(
             f"{store.root} has {free // 1_000_000} MB free", hint="make room, or name another store with --store"
         )
-
 def _try_two_items(unit: Unit, measure: Measure, model: str) -> None:
     """A long run begins with a unit of two items that is not recorded."""
     ((record,),) = measure([replace(unit, items=unit.items[:2])])
@@ -555,6 +557,7 @@ def _try_two_items(unit: Unit, measure: Measure, model: str) -> None:
             f"a trial of two items failed: {record.error['kind']}: {record.error['message']}",
             hint=f"bench check --model {model} tries the model alone; nothing was recorded",
         )
+
 
 
 def resolve_devices(text: str) -> tuple[str, ...]:
