@@ -321,7 +321,7 @@ def derive(run: Run, suite: Suite) -> list[Score]:
         found = suite.score(table)
         for metric in later_metrics(run):
             found += [s for name, part in suite._parts(table) for s in suite._reduce(metric, name, part)]
-        found = [replace(_finite(s), run=run.id, model=run.meta["model"]) for s in found]
+        found = [replace(s, run=run.id, model=run.meta["model"]) for s in _flagged(map(_finite, found), table)]
         path = run.path / "scores.csv"
         if not path.is_file() or path.read_bytes() != dump_scores(found):
             run.save_scores(found)
@@ -358,6 +358,15 @@ def _finite(score: Score) -> Score:
         return score
     gone = {n: None for n in bad} if "value" not in bad else {"value": None, "low": None, "high": None}
     return replace(score, **gone, complete=False, note=score.note or f"{' and '.join(bad)} not finite")
+
+
+def _flagged(scores: Iterable[Score], table: Any) -> list[Score]:
+    """Scores over pictures some of which are one flat colour say so: a broken model may give such, and score well."""
+    flat = sum("flat" in row for row in table.rows)
+    if not flat or len(table) < table.expected:  # a note would say that nothing is missing
+        return list(scores)
+    note = f"{flat:,} picture{' is' if flat == 1 else 's are'} one flat colour"
+    return [replace(s, note="; ".join(n for n in (s.note, note) if n)) if s.complete else s for s in scores]
 
 
 def later_metrics(run: Run) -> list[Any]:
@@ -537,7 +546,6 @@ def _foreign(plan: Plan) -> bool:
 
 def check_ready(plan: Plan, store: Store) -> None:
     """What can fail is tried first: files of the manifest, room and access in the store."""
-
     for manifest in (plan.manifest, *plan.others.values()):
         if manifest is not None:
             with store.digests() as manifest.digests:
@@ -548,6 +556,8 @@ def check_ready(plan: Plan, store: Store) -> None:
         raise Error(
             f"{store.root} has {free // 1_000_000} MB free", hint="make room, or name another store with --store"
         )
+
+
 def _try_two_items(unit: Unit, measure: Measure, model: str) -> None:
     """A long run begins with a unit of two items that is not recorded."""
     ((record,),) = measure([replace(unit, items=unit.items[:2])])
@@ -557,7 +567,6 @@ def _try_two_items(unit: Unit, measure: Measure, model: str) -> None:
             f"a trial of two items failed: {record.error['kind']}: {record.error['message']}",
             hint=f"bench check --model {model} tries the model alone; nothing was recorded",
         )
-
 
 
 def resolve_devices(text: str) -> tuple[str, ...]:

@@ -156,7 +156,7 @@ class Suite(ABC):
                 unit=metric.unit,
                 better=metric.better,
                 signature=metric.signature(table),
-                note=estimate.note,
+                note=estimate.note or ("" if table.expected else "no items"),
             )
 
     def figures(self, table: Table) -> Iterator[Figure]:

@@ -28,6 +28,14 @@ class Stop(Error):
     """The whole run must stop, whatever unit is being measured: the disk is full, a key was refused."""
 
 
+class BadOutput(Error):
+    """The model returned something that cannot be scored: its unit fails, the run goes on."""
+
+
+class NonFinite(BadOutput):
+    """The model returned NaN or infinity."""
+
+
 class UsageError(Error):
     """The command line itself is wrong: an unknown name, a value of the wrong type (exit code 2)."""
 

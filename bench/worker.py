@@ -27,7 +27,7 @@ from bench.replies import Replies
 from bench.store import Store
 from bench.suite import Suite
 from bench.text import secrets
-from bench.types import Error, Item, Json, Record, Stop, Unit
+from bench.types import BadOutput, Error, Item, Json, NonFinite, Record, Stop, Unit
 
 TRACE_CHARACTERS = 8_000
 AHEAD = "ahead"  # name of the thread in which the model works
@@ -48,26 +48,17 @@ class Work:
     limit: int | None = None
     seed: int = 0
     spec_digest: str = ""
-    shared_digest: str = ""  # of the specification without the model; "": nothing is taken over from other runs
     spec: Mapping[str, Json] = field(default_factory=dict)  # of the run, for workers on other machines
     versions: Mapping[str, str] = field(default_factory=dict)  # the driver's, see `versions_of`
     patience: float = 600.0  # seconds that a unit may take while none is done
+    shared_digest: str = ""  # of the specification without the model; "": nothing is taken over from other runs
     run_id: str = ""
     kept: frozenset[str] | None = frozenset()  # items whose media are kept; None: all
     how: How = field(default_factory=How)
 
 
-class BadOutput(ValueError):
-    """The model returned something that cannot be scored."""
-
-
-class NonFinite(BadOutput):
-    """The model returned NaN or infinity."""
-
-
 class Worker:
     """Measures units. `suite`, `model` and `manifest` may be given as live objects; else they are opened by name."""
-        _refuse_other(work.versions, versions_of(type(self.suite)) if work.versions else {})
 
     def __init__(
         self, work: Work, device: str = "cpu", *, suite: Suite | None = None, model: Any = None, manifest: Any = None
@@ -75,6 +66,7 @@ class Worker:
         self.work, self.device, self.batch = work, device, work.how.batch
         self.others: dict[str, Any] = {}  # the manifests of further fields of type Data
         self.suite = suite if suite is not None else registry.find("suites", work.suite)(**work.fields)
+        _refuse_other(work.versions, versions_of(type(self.suite)) if work.versions else {})
         self.store = Store(work.how.store)
         self.manifest = manifest
         others = data_fields(type(self.suite))[1:]
@@ -174,14 +166,14 @@ class Worker:
         rows: dict[str, dict[str, Json]] = {}
         features: dict[str, list[np.ndarray]] = {}
         blobs: dict[str, str] = {}
-        with ahead(self.suite.run(unit, self.model, ctx)) as batches:
+        with ahead(_owned(self.suite.run(unit, self.model, ctx))) as batches:
             for ids, media in batches:
                 ids = list(ids)
                 if len(set(ids)) < len(ids):
                     raise BadOutput(f"run() returned an item twice in one batch of {len(ids)}")
                 new = [self._row(id, unit, rows) for id in ids]
                 pictures = {name: m for name, m in media.items() if hasattr(m, "shape") and len(m.shape) > 1}
-                self._check(ids, pictures, new)
+                self._check(ids, pictures, new, alone=not unit.shared)
                 own = [("", {k: v for k, v in media.items() if k not in pictures})]
                 batch_features: dict[str, np.ndarray] = {}  # metrics of one network return the same ones
                 for source, columns in chain(own, ((metric.name, metric.measure(media, ctx)) for metric in metrics)):
@@ -257,10 +249,18 @@ class Worker:
             row.update({name: item.attributes[name] for name in self.suite.slices if name in item.attributes})
         return row
 
-    def _check(self, ids: list[str], pictures: Mapping[str, Any], rows: list[dict[str, Json]]) -> None:
-        """Shapes and finiteness, before anything is rounded; names of media that are one flat value go into the row."""
+    def _check(
+        self, ids: list[str], pictures: Mapping[str, Any], rows: list[dict[str, Json]], alone: bool = False
+    ) -> None:
+        """Shapes, types and finiteness, before anything is rounded; names of media that are one flat value go into the
+        row. `alone`: a medium without another beside it is the model's, not an original that may be flat."""
         flat: dict[str, list[bool]] = {}
         for name, media in pictures.items():
+            kind = str(media.dtype).removeprefix("torch.")
+            if not kind.startswith(("float", "bfloat", "uint", "int", "bool")):
+                raise BadOutput(f"{name} is of type {kind}, not of real numbers")
+            if str(media.device) == "meta":
+                raise BadOutput(f"{name} lies on the device meta, which holds no values")
             if len(media) != len(ids):
                 raise BadOutput(f"{name} has {len(media)} pictures for {len(ids)} items")
             if 0 in media.shape:
@@ -278,7 +278,7 @@ class Worker:
             flat[name] = [a == b for a, b in zip(low, high, strict=True)]
         for i, row in enumerate(rows):
             names = [name for name, values in flat.items() if values[i]]
-            if names and len(names) < len(flat):
+            if names and (len(names) < len(flat) or (alone and len(flat) == 1)):
                 row["flat"] = names
 
 
@@ -451,6 +451,16 @@ def settings(how: How, device: str) -> Iterator[None]:
         yield
 
 
+def _owned(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches in memory of their own: a model may write into the last one while that is being measured."""
+    for ids, media in batches:
+        yield ids, {name: _copied(m) if hasattr(m, "shape") else m for name, m in media.items()}
+
+
+def _copied(media: Any) -> Any:
+    return media.clone() if hasattr(media, "clone") else media.copy()
+
+
 @contextlib.contextmanager
 def ahead(batches: Iterator[Any]) -> Iterator[Iterator[Any]]:
     """The same batches, the next one being made in a thread while the last is measured."""
@@ -502,6 +512,27 @@ def code_digest(cls: type) -> str:
 
 
 @cache
+def versions_of(cls: type) -> Mapping[str, str]:
+    """What decides a number beside model and data: workers that differ in it do not share a run."""
+    from importlib.metadata import version
+
+    root = Path(__file__).parent
+    files = sorted(p for part in (".", "adapters", "mini") for p in (root / part).glob("*.py"))  # not those of reports
+    harness = [[p.relative_to(root).as_posix(), file_digest(p)] for p in files]
+    packages = {name: version(name) for name in ("touchstone-bench", "torch", "numpy", "pillow")}
+    return {**packages, "the harness's code": digest(harness)[:16], "the suite's code": code_digest(cls)}
+
+
+def _refuse_other(drivers: Mapping[str, str], own: Mapping[str, str]) -> None:
+    other = [name for name, value in drivers.items() if own.get(name) != value]
+    if other:
+        raise Error(
+            f"this worker has {other[0]} {own.get(other[0])}, its driver {drivers[other[0]]}",
+            hint="install the same versions everywhere, then run the same command again",
+        )
+
+
+@cache
 def _versions() -> list[str]:
     """Of what floats depend on beside our own code."""
     from importlib.metadata import version
@@ -530,27 +561,6 @@ def _free_memory() -> None:
     gc.collect()
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
         sys.modules["torch"].cuda.empty_cache()
-
-@cache
-def versions_of(cls: type) -> Mapping[str, str]:
-    """What decides a number beside model and data: workers that differ in it do not share a run."""
-    from importlib.metadata import version
-
-    root = Path(__file__).parent
-    files = sorted(p for part in (".", "adapters", "mini") for p in (root / part).glob("*.py"))  # not those of reports
-    harness = [[p.relative_to(root).as_posix(), file_digest(p)] for p in files]
-    packages = {name: version(name) for name in ("touchstone-bench", "torch", "numpy", "pillow")}
-    return {**packages, "the harness's code": digest(harness)[:16], "the suite's code": code_digest(cls)}
-
-
-def _refuse_other(drivers: Mapping[str, str], own: Mapping[str, str]) -> None:
-    other = [name for name, value in drivers.items() if own.get(name) != value]
-    if other:
-        raise Error(
-            f"this worker has {other[0]} {own.get(other[0])}, its driver {drivers[other[0]]}",
-            hint="install the same versions everywhere, then run the same command again",
-        )
-
 
 
 def _device_name(device: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.types import Error, Estimate, Table, UsageError
+from bench.types import BadOutput, Error, Estimate, NonFinite, Table, UsageError
 
 QUANTISE = ("round", "trunc", "vavae", "none")
 RUN = 256  # squares of 8-bit differences per float32 sum: 256 x 255^2 < 2^24, so that no order of adding rounds
@@ -22,7 +22,7 @@ def quantise(x: Any, mode: str = "round", value_range: tuple[float, float] = (-1
 
     `round` rounds half up: floor(clamp((v + 1) * 127.5, 0, 255) + 0.5), the canonical form; `trunc` drops the fraction;
     `vavae` truncates clamp(127.5 v + 128) as LightningDiT's evaluate_tokenizer.py does; `none` leaves floats alone.
-    8-bit pictures pass unchanged. Raises Error where a value is not finite, or so far out that it has another scale.
+    8-bit pictures pass unchanged. Raises BadOutput where a value is not finite or its scale must be another.
     """
     import torch
 
@@ -33,18 +33,18 @@ def quantise(x: Any, mode: str = "round", value_range: tuple[float, float] = (-1
     if x.dtype == torch.uint8:
         return x
     if not x.is_floating_point():
-        raise Error(
+        raise BadOutput(
             f"pictures of type {x.dtype} are neither uint8 nor float", hint="convert them to uint8 [B, 3, H, W]"
         )
     low, high = value_range
     if x.numel():
         least, most = (float(bound) for bound in x.aminmax())
         if not np.isfinite([least, most]).all():
-            raise Error("a picture holds NaN or infinity", hint="look at the model's output before it is scored")
+            raise NonFinite("a picture holds NaN or infinity", hint="look at the model's output before it is scored")
         middle = (low + high) / 2
         if max(middle - least, most - middle) > FAR_OUT * (high - middle):
             message = f"float pictures must lie in [{low:g}, {high:g}]; these reach from {least:g} to {most:g}"
-            raise Error(message, hint="levels 0..255 belong in uint8")
+            raise BadOutput(message, hint="levels 0..255 belong in uint8")
     if mode == "none":
         return x
     levels = (x if x.dtype == torch.float64 else x.float()) - low

@@ -14,7 +14,7 @@ import numpy as np
 from bench.capabilities import TextToImage
 from bench.metrics.sets import GENERATED, REFERENCE, SIDE, SetMetric, describe_network, net_column
 from bench.suite import Metric, Suite
-from bench.types import Data, Error, Estimate, Model, Score, Table, Unit, UsageError
+from bench.types import BadOutput, Data, Error, Estimate, Model, NonFinite, Score, Table, Unit, UsageError
 from suites.generation import geneval, protocols
 
 ASKED = ("shape", "colour", "background")  # what prompts of the drawn world say
@@ -181,24 +181,30 @@ def _attributes(items: Sequence[Any]) -> dict[str, list[Any]]:
 
 
 def _as_bytes(pictures: Any, ids: Sequence[str]) -> Any:
-    """uint8 [B, 3, H, W] of what a model drew; Error where that is no picture in [0, 1] for each item."""
+    """uint8 [B, 3, H, W] of what a model drew; BadOutput where that is no picture in [0, 1] for each item."""
     import torch
 
     from bench.metrics.pixel import quantise
 
     if not (hasattr(pictures, "shape") and hasattr(pictures, "dtype")):
-        raise Error(f"generate() returned {type(pictures).__name__}", hint="a tensor, float32 [B, 3, H, W] in [0, 1]")
+        raise BadOutput(
+            f"generate() returned {type(pictures).__name__}", hint="a tensor, float32 [B, 3, H, W] in [0, 1]"
+        )
     x = torch.as_tensor(pictures)
     if x.dim() != 4 or x.shape[:2] != (len(ids), 3) or 0 in x.shape or not x.is_floating_point():
         hint = "float32 [B, 3, H, W] in [0, 1], a picture for each prompt"
-        raise Error(f"generate() returned {x.dtype} {list(x.shape)} for {len(ids)} prompts", hint=hint)
+        raise BadOutput(f"generate() returned {x.dtype} {list(x.shape)} for {len(ids)} prompts", hint=hint)
+    if x.is_meta:
+        raise BadOutput("generate() returned a tensor on the device meta, which holds no values")
     finite = x.flatten(1).isfinite().all(1).tolist()
     bad = [id for id, good in zip(ids, finite, strict=True) if not good]
     if bad:
-        raise Error(f"generate() returned NaN or infinity in {len(bad)} of {len(ids)} pictures, item {bad[0]} first")
+        raise NonFinite(
+            f"generate() returned NaN or infinity in {len(bad)} of {len(ids)} pictures, item {bad[0]} first"
+        )
     low, high = (float(bound) for bound in x.aminmax())
     if low < -OVERSHOOT or high > 1 + OVERSHOOT:
-        raise Error(f"generate() returned pictures from {low:.3g} to {high:.3g}", hint="they must lie in [0, 1]")
+        raise BadOutput(f"generate() returned pictures from {low:.3g} to {high:.3g}", hint="they must lie in [0, 1]")
     return quantise(x.detach(), "round", (0.0, 1.0)).contiguous()
 
 

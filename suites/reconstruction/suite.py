@@ -11,7 +11,7 @@ import numpy as np
 
 from bench.capabilities import Autoencoder, Latents
 from bench.suite import Metric, Suite
-from bench.types import Data, Error, Estimate, Figure, Table, Unit, UsageError
+from bench.types import BadOutput, Data, Estimate, Figure, NonFinite, Table, Unit, UsageError
 from suites.reconstruction import bands, protocols, regions
 
 if TYPE_CHECKING:
@@ -143,15 +143,19 @@ def _reconstruct(model: Any, x: Tensor, seeds: list[int] | None) -> tuple[Tensor
         else:
             bits, side = [float(latents[0].numel() * latents.element_size() * 8)] * len(x), [0.0] * len(x)
         y = model.decode(latents, seeds)
+    if not isinstance(y, torch.Tensor):
+        raise BadOutput(f"the model decoded {type(y).__name__}", hint="decode returns a tensor, float32 [B, 3, H, W]")
     if not y.is_floating_point():
-        raise Error(f"the model decoded {y.dtype}", hint="decode returns float32, about [-1, 1], not rounded")
+        raise BadOutput(f"the model decoded {y.dtype}", hint="decode returns float32, about [-1, 1], not rounded")
+    if y.is_meta:
+        raise BadOutput("the model decoded a tensor on the device meta, which holds no values")
     return y.detach().to(x.device, torch.float32, copy=True), {"bits": bits, "side_bits": side}
 
 
 def _check(ids: list[str], x: Tensor, y: Tensor) -> None:
-    """Raises Error where a reconstruction is not a finite picture of the size of its original."""
+    """Raises BadOutput where a reconstruction is not a finite picture of the size of its original."""
     if y.shape != x.shape:
-        raise Error(
+        raise BadOutput(
             f"the model decoded {list(x.shape)} into {list(y.shape)}",
             hint="choose a size that the model can code without padding",
         )
@@ -159,7 +163,7 @@ def _check(ids: list[str], x: Tensor, y: Tensor) -> None:
     finite = (low.isfinite() & high.isfinite()).tolist()
     bad = [id for id, ok in zip(ids, finite, strict=True) if not ok]
     if bad:
-        raise Error(f"the model decoded NaN or infinity in {len(bad)} of {len(ids)} pictures, item {bad[0]} first")
+        raise NonFinite(f"the model decoded NaN or infinity in {len(bad)} of {len(ids)} pictures, item {bad[0]} first")
 
 
 def _prepare(x: Tensor, y: Tensor, pair: tuple[str, str]) -> tuple[Tensor, Tensor]:
