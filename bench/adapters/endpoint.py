@@ -5,8 +5,9 @@
 
 An item that gets no answer that counts is a failure with its kind (`bench.capabilities.FAILURES`), what came instead,
 and the calls it took; never a zero. Tried again are 408, 409, 429, 500 and above, time-outs and broken connections,
-after 0.5 s doubling to 8 s, or what Retry-After says; a refused key stops the run at once. What a server refuses to
-take (log-probabilities, a schema, `max_tokens`, a seed) is left out from then on: a schema is said in words anyway.
+after 0.5 s doubling to 8 s, or what Retry-After says; while a judge is down, once an item. A refused key stops the run
+at once. What a server refuses to take (log-probabilities, a schema, `max_tokens`, a seed) is left out from then on: a
+schema is said in words anyway.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0  # seconds before the second try; doubling u
 LONGEST_ASKED = 120.0  # seconds of Retry-After that are waited for
 OPTIONAL = ("response_format", "logprobs", "max_tokens", "seed")  # what servers differ in
 ANSWER_TOKENS = 64  # of a choice
+SILENT = 3  # items in a row that got no reply at all, after which an item is tried once, until one gets a reply
 
 
 class Reply(NamedTuple):
@@ -72,6 +74,7 @@ class Endpoint:
         self.clock, self.sleep, self.random = time.monotonic, time.sleep, random.Random()
         self._made, self._spent = 0, 0.0  # calls; seconds
         self._left_out: set[str] = set()  # of OPTIONAL, what the server does not take
+        self._silent = 0  # items in a row without a reply
         self._lock = threading.Lock()
 
     def answer(self, image: Tensor, question: str, choices: Sequence[str]) -> Answer:
@@ -98,17 +101,20 @@ class Endpoint:
             said.check_schema(schema)
         plain = [{"role": str(m["role"]), "content": _content(m["content"])} for m in messages]
         begin, tries, doubted = self.clock(), 0, set()
+        most = 1 if self._silent >= SILENT else self.tries  # a judge that is down does not hold up a long run
         try:
             while True:
                 tries += 1
                 try:
                     reply = self._call(self._request(plain, schema, choices, seed, max_tokens), begin)
                 except Fault as e:
-                    if tries < self.tries and self._may_try_again(e, tries, begin, doubted):
+                    if tries < most and self._may_try_again(e, tries, begin, doubted):
                         continue
                     if e.status in (400, 422):
                         self._left_out -= doubted  # it was not that
+                    self._silent = self._silent + 1 if e.again else 0
                     return _failed(e.failure, e.reply, tries)
+                self._silent = 0
                 return self._read(reply, schema, choices, tries)
         finally:
             with self._lock:
