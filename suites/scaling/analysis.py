@@ -95,7 +95,7 @@ def analyse(
     """
     if len(runs) < 2:
         raise ValueError(f"{len(runs)} row can be used; a law needs more")
-    warnings: list[str] = []
+    warnings = [runs.mixed] if runs.mixed else []
     largest = float(runs.flops.max())
     at = tuple(at) or (10 * largest,)
     found_profiles = profiles(runs, kappa=None)

@@ -135,8 +135,10 @@ def _too_few(sizes: int) -> str:
 def _least_tokens(tokens: np.ndarray, loss: np.ndarray, u: np.ndarray, v: float, w: np.ndarray) -> float:
     """D*: the vertex of the budget's own parabola in ln D; where that has none inside, ln D at v as a line in u."""
     z = np.log(tokens)
-    p, q, _ = np.polyfit(z - z.mean(), loss, 2, w=np.sqrt(w))
-    own = -q / (2 * p) + z.mean() if p > 0 else math.nan
+    own = math.nan
+    if len(np.unique(z.round(3))) >= LEAST_SIZES:
+        p, q, _ = np.polyfit(z - z.mean(), loss, 2, w=np.sqrt(w))
+        own = -q / (2 * p) + z.mean() if p > 0 else math.nan
     if z.min() < own < z.max():
         return math.exp(own)
     slope, level = np.polyfit(u, z, 1)

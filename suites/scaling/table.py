@@ -100,6 +100,7 @@ GAP = 0.15  # in ln C: a wider one separates budgets
 WIDEST = 0.3  # in ln C: what is wider is no budget but a chain of them
 FEWEST = 4  # sizes of what is called a budget where computes are scattered
 TWIN = 0.01  # in ln N: closer rows of one budget are the same size
+FEW_VALUES = 40  # of a column of text: with more it names runs rather than kinds of them
 MOST_CELLS = 20_000_000  # what a file may hold
 
 
@@ -138,6 +139,7 @@ class Runs:
     columns: Mapping[str, str] = field(default_factory=dict)  # what each was read from
     dropped: tuple[Dropped, ...] = ()
     notes: tuple[str, ...] = ()
+    mixed: str = ""  # what tells apart rows of one size and tokens that have different losses
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -417,6 +419,7 @@ def ingest(
                 f"the table holds {len(conditions)} conditions ({', '.join(conditions[:4])}), each with a law of its "
                 f"own; choose one with where {known['condition'][0]}=…"
             )
+    mixed = _mixed(rows, kept, values, [h for h in headings if h not in {heading for heading, _ in known.values()}])
     if "warmup_tokens" in known:
         early = [i for i in kept if values["tokens"][i] < 3 * values["warmup_tokens"][i]]
         for i in early:
@@ -466,6 +469,33 @@ def ingest(
         columns={name: heading for name, (heading, _) in known.items()},
         dropped=tuple(sorted(dropped, key=lambda d: d.row)),
         notes=tuple(notes),
+        mixed=mixed,
+    )
+
+
+def _mixed(
+    rows: Sequence[Mapping[str, Any]], kept: list[int], values: Mapping[str, np.ndarray], headings: list[str]
+) -> str:
+    """Is this several tables in one? Rows of the same size and tokens whose losses differ by more than 2 %, and the
+    columns of text that tell them apart."""
+    cells: dict[tuple[int, int], list[int]] = {}
+    for i in kept:
+        cells.setdefault(tuple(round(100 * math.log(values[n][i])) for n in ("params", "tokens")), []).append(i)
+    apart = [c for c in cells.values() if max(values["loss"][c]) > 1.02 * min(values["loss"][c])]
+    telling = []
+    for heading in headings:
+        said = {str(rows[i].get(heading)) for i in kept}
+        if not 2 <= len(said) <= FEW_VALUES or all(re.fullmatch(NUMBER, text) or not text for text in said):
+            continue
+        if sum(len({str(rows[i].get(heading)) for i in c}) > 1 for c in apart) > len(apart) / 4:
+            telling.append(heading)
+    if not telling:
+        return ""
+    number = sum(len(c) for c in apart)
+    example = f"--where {telling[0]}={str(rows[apart[0][0]].get(telling[0]))[:40]}"
+    return (
+        f"{number} rows share their size and tokens with others of another loss, and differ in "
+        f"{', '.join(repr(h) for h in telling[:4])}: several studies in one table? Choose one, as in {example}"
     )
 
 

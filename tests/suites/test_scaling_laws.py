@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from suites.scaling import flops, laws, resample
+from suites.scaling import analysis, flops, laws, resample
 from suites.scaling.fit import Surface, fit_surface
 from suites.scaling.isoflop import corrected, corrected_vertex, envelope, fieller, line, parabola, profiles
 from suites.scaling.table import TableError, cluster_budgets, dropped_lines, ingest, number, read_rows, recognise
@@ -196,6 +196,19 @@ def test_highest_losses_are_left_out_on_request_and_named():
     highest = sorted(range(32), key=lambda i: -scattered_rows(0)[i]["loss"])[:2]
     assert [d.row - 1 for d in runs.dropped] == sorted(highest)
     assert "as asked" in dropped_lines(runs)[0]
+
+
+def test_several_studies_in_one_table_are_told_apart_by_name():
+    rows = [row | {"dataset": name, "loss": row["loss"] * f} for row in grid() for name, f in (("a", 1.0), ("b", 1.2))]
+    assert "'dataset'" in ingest(rows).mixed and "--where dataset=a" in ingest(rows).mixed
+    assert not ingest(rows, where={"dataset": "b"}).mixed and not ingest(grid()).mixed
+
+
+def test_what_the_farthest_rows_do_to_a_fit_is_said():
+    rows = grid(sigma=0.002)
+    rows[3]["loss"] *= 1.3
+    said = [w for w in analysis.analyse(ingest(rows), count=20).warnings if "six sigma" in w]
+    assert len(said) == 1 and said[0].startswith("row 4:") and "Without, E = 1.6" in said[0]
 
 
 # -- profiles
