@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -200,26 +201,43 @@ def lock(path: Path, what: str) -> Iterator[None]:
     with _explained("lock", path):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     exclusive = None
+    until = time.monotonic() + PATIENCE
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            if e.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                exclusive = _lock_by_name(path, what, owner)
-            else:
-                holder = os.pread(fd, 200, 0).decode("utf-8", "replace").strip() or "another process"
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as e:
+                if e.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                    exclusive = _lock_by_name(path, what, owner)
+                    break
+            holder, _, started = os.pread(fd, 400, 0).decode("utf-8", "replace").partition("\n")
+            if _runs(holder, started.strip()) or time.monotonic() > until:
                 raise Error(
-                    f"{what} is being written by {holder}", hint="wait for it, or stop it; nothing was changed"
-                ) from None
+                    f"{what} is being written by {holder.strip() or 'another process'}",
+                    hint="wait for it, or stop it; nothing was changed",
+                )
+            time.sleep(0.01)
         with _explained("lock", path):
             os.ftruncate(fd, 0)
-            os.pwrite(fd, (owner + "\n").encode(), 0)
+            os.pwrite(fd, f"{owner}\n{_started(os.getpid())}\n".encode(), 0)
         yield
     finally:
         if exclusive:
             with contextlib.suppress(OSError):
                 os.unlink(exclusive)
         os.close(fd)
+
+
+PATIENCE = 0.5  # seconds for one that is just ending, or has the lock and has not yet written who it is
+
+
+def _runs(holder: str, started: str) -> bool:
+    """Is that the process that holds a lock now? The text may still be of one before it. Other hosts are believed."""
+    host, _, pid = holder.partition(" pid ")
+    if not pid.isdigit():
+        return False
+    return host != socket.gethostname() or (started != "" and _started(int(pid)) == started)
 
 
 def _lock_by_name(path: Path, what: str, owner: str) -> Path:

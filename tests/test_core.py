@@ -3,16 +3,14 @@
 import hashlib
 import json
 import os
-import random
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import toys
-from toys import Doubled, Drawing, DrawingTwice, Faulty, Mean, Painter, Scratching, WhiteBox, command, finish, start
+from toys import Doubled, Drawing, DrawingTwice, Faulty, Mean, Painter, Scratching, WhiteBox
 
 from bench import Error, Store, UsageError, execute, execution
 from bench.config import How, bind
@@ -495,51 +493,6 @@ def test_a_damaged_scores_csv_is_derived_again(tmp_path):
 
 
 # -- interruptions of the command
-
-
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
-    rng = random.Random(20261122)
-    argv = score("-p", "num=60", "-p", "pause=0.05", "--keep", "none")
-    calm, rough = tmp_path / "calm", tmp_path / "rough"
-    calm.mkdir(), rough.mkdir()
-    assert command(calm, *argv).code == 0
-    kills = saved = 0
-    while kills < 4:
-        pid = start(rough, *argv)
-        time.sleep(rng.uniform(0.2, 1.2))
-        done, _ = os.waitpid(pid, os.WNOHANG)
-        if done:
-            break
-        os.killpg(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        kills += 1
-        runs = list(Store(rough / ".bench").runs())
-        now = len(runs[0].records()) if runs else 0
-        assert now >= saved  # what was saved stays saved
-        saved = now
-    assert kills >= 1
-    done = command(rough, *argv)
-    assert done.code == 0, done.err
-    assert (only(rough / ".bench") / "scores.csv").read_bytes() == (only(calm / ".bench") / "scores.csv").read_bytes()
-    a, b = (next(Store(f / ".bench").runs()) for f in (calm, rough))
-    assert outcome(a) == outcome(b)
-
-
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_saves_says_how_to_go_on_and_gives_its_exit_code(tmp_path, number, code):
-    pid = start(tmp_path, *score("-p", "num=200", "-p", "pause=0.05"))
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        runs = list(Store(tmp_path / ".bench").runs())
-        if runs and len(runs[0].records()) >= 2:
-            break
-        time.sleep(0.05)
-    os.kill(pid, number)
-    done = finish(tmp_path, pid)
-    assert done.code == code and "Traceback" not in done.err and done.out == ""
-    saved = len(next(Store(tmp_path / ".bench").runs()).records())
-    assert f"interrupted. {saved} units saved" in done.err and saved >= 2
-    assert f"continue with:\n  bench score {TOYS}:Drawing --model {TOYS}:Painter -p num=200" in done.err
 
 
 def test_a_signal_in_the_middle_of_an_append_waits_until_the_record_is_whole_and_counted(

@@ -62,9 +62,9 @@ def bench_here(folder, *argv):
     err = io.StringIO()
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        with as_builtin(), contextlib.chdir(folder), contextlib.redirect_stderr(err):
-            with contextlib.redirect_stdout(io.StringIO()):
-                return cli.main(list(argv)), err.getvalue()
+        streams = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err)
+        with as_builtin(), contextlib.chdir(folder), streams[0], streams[1]:
+            return cli.main(list(argv)), err.getvalue()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
