@@ -213,7 +213,8 @@ def _connected(address: str) -> Iterator[ModuleType]:
     except ImportError:
         raise Error("the engine ray needs the package ray", hint="pip install 'touchstone-bench[ray]'") from None
     if ray.is_initialized():
-        yield ray
+        with _silent(ray):
+            yield ray
         return
     handlers = {n: signal.getsignal(n) for n in door.ENDING}
     try:
@@ -227,10 +228,23 @@ def _connected(address: str) -> Iterator[ModuleType]:
     finally:
         _restore(handlers)
     try:
-        yield ray
+        with _silent(ray):
+            yield ray
     finally:
         ray.shutdown()
         _restore(handlers)
+
+
+@contextlib.contextmanager
+def _silent(ray: ModuleType) -> Iterator[None]:
+    """Ray would tell of a worker's death in colours, on stdout; the record says it."""
+    printer = ray._private.worker
+    before = getattr(printer, "_worker_logs_enabled", True)
+    printer._worker_logs_enabled = False
+    try:
+        yield
+    finally:
+        printer._worker_logs_enabled = before
 
 
 def _restore(handlers: Mapping[int, Any]) -> None:
@@ -258,6 +272,6 @@ def _tell_what_is_missing(ray: ModuleType, devices: Sequence[str], threads: int)
 
 def _why(error: Exception) -> str:
     """What Ray says of a worker's end, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    detail = next((line.partition(":")[2].strip() for line in lines if "Worker exit type" in line), "")
-    return f"{type(error).__name__}: {(detail or ' '.join(lines))[:200]}"
+    text = " ".join(str(error).split())
+    detail = text.partition("Worker exit detail: ")[2] or text
+    return f"{type(error).__name__}: {detail.partition('. ')[0][:200]}"

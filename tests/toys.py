@@ -238,8 +238,57 @@ class Faulty(Painter):
         os.write(1, b"chatter on descriptor 1\n")
         return pictures
 
+    def overflows(self, pictures, hit):
+        """The stack of C, which no limit of Python's guards any more."""
+        sys.setrecursionlimit(10**9)
+
+        def deeper(_):
+            return list(map(deeper, [0]))
+
+        deeper(0)
+
+    def floods(self, pictures, hit):
+        for _ in range(100):
+            os.write(1, b"chatter\n" * 125_000)
+        return pictures
+
+    def orphans(self, pictures, hit):
+        """Dies, and leaves a process that holds all it had open."""
+        if os.fork() == 0:
+            time.sleep(600)
+            os._exit(0)
+        os._exit(7)
+
     def surrogate(self, pictures, hit):
         raise RuntimeError("half a character: \ud800")
+
+
+class Large(Painter):
+    """uint8 [B, 3, 2160, 2160] of noise: 14 MB each, in whatever way they are kept."""
+
+    def paint(self, prompt, seed):
+        return np.random.default_rng(seed).integers(0, 256, (3, 2160, 2160), np.uint8)
+
+
+class Storm(Faulty):
+    """Several faults at once: `item-001:exits,item-003:killed`. Each that happens leaves a byte in `marks/<item>`; with
+    `times` it happens so many times and then no more."""
+
+    def __init__(self, faults: str, marks: str, times: int = 0):
+        super().__init__()
+        self.faults = dict(part.split(":") for part in faults.split(","))
+        self.marks, self.times = Path(marks), times
+
+    def generate(self, prompts, seeds):
+        pictures = Painter.generate(self, prompts, seeds)
+        for i, prompt in enumerate(prompts):
+            mark = self.marks / prompt
+            seen = mark.stat().st_size if mark.exists() else 0
+            if prompt in self.faults and not (self.times and seen >= self.times):
+                with open(mark, "ab", buffering=0) as file:
+                    file.write(b".")
+                pictures = getattr(self, self.faults[prompt])(pictures, [i])
+        return pictures
 
 
 def broken_factory(size: int = 1):
