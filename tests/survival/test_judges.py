@@ -84,7 +84,8 @@ def troubles(folder, name):
     return wrong
 
 
-def test_each_reply_alone_is_null_with_its_kind_and_is_repaired(memory, quick, tally):
+def test_each_reply_alone_is_null_with_its_kind_and_is_repaired(memory, quick, tally, monkeypatch):
+    monkeypatch.setattr("bench.adapters.endpoint.FIRST_WAIT", 0.02)
     assert {s.failure for s in REPLIES.values()} == {"", *FAILURES}  # every kind of failure is there
     found = {name: troubles(memory / str(i), name) for i, name in enumerate(REPLIES)}
     wrong = {name: what for name, what in found.items() if what}
