@@ -7,7 +7,6 @@ import inspect
 import math
 import os
 import re
-import tomllib
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench.replies import MODES
+from bench.text import brief, closest, read_toml
 from bench.types import Data, Error, Model, UsageError, Weights
 
-MAX_PLAN_BYTES = 16_000_000
 SECRET_WORD = re.compile(r"(^|_)(api_?key|key|token|secret|password)$", re.IGNORECASE)
 
 
@@ -73,10 +72,10 @@ def _validate(how: How, origins: Mapping[str, Value]) -> None:
         v = origins[name]
         raise UsageError(f"{name} is {v.value!r} ({v.origin}); it must be {must}")
 
-    if how.batch < 1:
-        refuse("batch", "at least 1")
     if how.engine not in ("local", "ray"):
         refuse("engine", "local or ray")
+    if how.batch < 1:
+        refuse("batch", "at least 1")
     if how.keep not in ("auto", "none", "sample", "all"):
         refuse("keep", "none, sample, all or auto")
     if how.threads < 1:
@@ -125,10 +124,11 @@ def build(
             raise UsageError(f"{name} needs {f.name}", hint=f"-p {f.name}=…")
     try:
         return cls(**{k: v.value for k, v in origins.items()}), origins
-    except Error:
-        raise
     except (ValueError, TypeError) as e:  # a suite's own __post_init__
-        raise UsageError(f"{name}: {e}") from None
+        of_plan = f"{where}: " if plan else ""
+        if isinstance(e, Error):
+            raise type(e)(f"{of_plan}{e}", hint=e.hint) from None
+        raise UsageError(f"{of_plan}{name}: {e}") from None
 
 
 # -- the arguments of an adapter's factory
@@ -208,11 +208,11 @@ def convert(value: Any, kind: Any, where: str) -> Any:
         for a in args:
             if value == a or str(value) == str(a):
                 return a
-        raise UsageError(f"{where}: {value!r} is not one of {', '.join(map(str, args))}")
+        raise UsageError(f"{where}: {brief(repr(value))} is not one of {', '.join(map(str, args))}")
     if origin in (tuple, list):
         parts = [p for p in value.split(",") if p] if isinstance(value, str) else value
         if not isinstance(parts, (list, tuple)):
-            raise UsageError(f"{where}: {value!r} is not a list")
+            raise UsageError(f"{where}: {brief(repr(value))} is not a list")
         return tuple(convert(p, args[0] if args else str, where) for p in parts)
     if kind is bool:
         if isinstance(value, bool):
@@ -221,21 +221,21 @@ def convert(value: Any, kind: Any, where: str) -> Any:
             return True
         if str(value).lower() in ("false", "no", "0", "off"):
             return False
-        raise UsageError(f"{where}: {value!r} is not true or false")
+        raise UsageError(f"{where}: {brief(repr(value))} is not true or false")
     if kind in (int, float):
         if isinstance(value, bool):
-            raise UsageError(f"{where}: {value!r} is not a number")
+            raise UsageError(f"{where}: {brief(repr(value))} is not a number")
         wanted = "a whole number" if kind is int else "a finite number"
         try:
             number = kind(value)
             if not math.isfinite(number) or (isinstance(value, float) and value != number):
                 raise ValueError
         except (TypeError, ValueError, OverflowError):
-            raise UsageError(f"{where}: {str(value)[:60]!r} is not {wanted}") from None
+            raise UsageError(f"{where}: {brief(repr(value))} is not {wanted}") from None
         return number
     if isinstance(kind, type) and issubclass(kind, (str, Path)):
         if not isinstance(value, (str, Path)):
-            raise UsageError(f"{where}: {value!r} is not text")
+            raise UsageError(f"{where}: {brief(repr(value))} is not text")
         return kind(value)
     return value
 
@@ -263,10 +263,8 @@ def check_names(owner: str, given: typing.Iterable[str], known: typing.Iterable[
     known = list(known)
     for name in given:
         if name not in known:
-            from bench.text import closest
-
             raise UsageError(
-                f"{where}: {owner} has no parameter {name!r}",
+                f"{where}: {owner} has no parameter {brief(name)!r}",
                 hint=closest(name, known) or f"it has {', '.join(known) or 'none'}",
             )
 
@@ -305,16 +303,7 @@ def _hints(obj: Any) -> dict[str, Any]:
 
 def read_plan(path: Path) -> dict[str, Any]:
     """A plan file; raises Error naming file and fault."""
-    from bench.text import closest
-
-    try:
-        if path.stat().st_size > MAX_PLAN_BYTES:
-            raise Error(f"{path} is larger than {MAX_PLAN_BYTES} bytes")
-        plan = tomllib.loads(path.read_bytes().decode("utf-8"))
-    except OSError as e:
-        raise Error(f"plan {path} cannot be read: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:
-        raise Error(f"plan {path}: {e}", hint="a plan is TOML: [[run]], [[train]], [[board]], [how]") from None
+    plan = read_toml(path, hint="a plan is TOML: [[run]], [[train]], [[board]], [how]")
     steps = {
         "run": {"suite", "model", "model_args", "params", "seeds", "limit"},
         "train": {"recipe", "model", "model_args", "params", "seeds", "out"},
@@ -322,7 +311,7 @@ def read_plan(path: Path) -> dict[str, Any]:
     }
     for key, value in plan.items():
         if key not in {*steps, "how"}:
-            raise Error(f"{path}: unknown key {key!r}", hint=closest(key, [*steps, "how"]))
+            raise Error(f"{path}: unknown key {brief(key)!r}", hint=closest(key, [*steps, "how"]))
         if key == "how":
             if not isinstance(value, dict):
                 raise Error(f"{path}: how must be a table")
@@ -332,7 +321,9 @@ def read_plan(path: Path) -> dict[str, Any]:
         for i, step in enumerate(value, 1):
             for name in step:
                 if name not in steps[key]:
-                    raise Error(f"{path}: {key} {i}: unknown key {name!r}", hint=closest(name, sorted(steps[key])))
+                    raise Error(
+                        f"{path}: {key} {i}: unknown key {brief(name)!r}", hint=closest(name, sorted(steps[key]))
+                    )
             for name, needed in (
                 ("suite", str),
                 ("model", str),
@@ -349,7 +340,7 @@ def read_plan(path: Path) -> dict[str, Any]:
                     raise Error(f"{path}: {key} {i}: {name} has the wrong type", hint=f"it must be {must}")
             for name, value in (("seeds", step.get("seeds")), *step.get("params", {}).items()):
                 if value == []:
-                    raise Error(f"{path}: {key} {i}: {name} is an empty list", hint="nothing would be done")
+                    raise Error(f"{path}: {key} {i}: {brief(name)} is an empty list", hint="nothing would be done")
             for name in {"run": ("suite", "model"), "train": ("recipe", "out"), "board": ("name",)}[key]:
                 if name not in step:
                     raise Error(f"{path}: {key} {i} needs {name}", hint=f"add {name} = …")

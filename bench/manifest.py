@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
 FOLDER = "image-folder:"
 UNVERIFIED = ".unverified"
+MOST_CROPS = 1_000_000  # of a manifest
 
 OWN_COLUMNS = ("id", "path", "sha256", "width", "height", "cluster", "text", "label")  # the others are attributes
 
@@ -519,6 +520,8 @@ def _entries(header: Mapping[str, Any], rows: Sequence[Mapping[str, str]], root:
             for left, top, size in crop_boxes(width, height, **header["crops"]):
                 id = f"{row['id']}-x{left:04d}-y{top:04d}"
                 entries[id] = replace(entry, item=replace(entry.item, id=id), box=(left, top, size))
+            if len(entries) > MOST_CROPS:
+                raise Error(f"{at}: more than {MOST_CROPS:,} crops", hint="a lower crops.limit, or a wider stride")
         else:
             entries[row["id"]] = entry
     return entries

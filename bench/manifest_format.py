@@ -6,7 +6,6 @@ import csv
 import difflib
 import io
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,11 @@ from typing import Any
 from bench import images
 from bench.identity import digest
 from bench.manifest_world import check_world
+from bench.text import brief, read_toml
 from bench.types import Error
 
-MAX_TEXT = 16 * 2**20  # bytes of a TOML or CSV file
+MAX_TEXT = 16 * 2**20  # bytes of a CSV file
+HINT = "mend the TOML"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 # field -> (type, required)
 HEADER: Mapping[str, tuple[type, bool]] = {
@@ -83,7 +84,7 @@ UNPACK: Mapping[str, tuple[type, bool]] = {"files": (int, True), "bytes": (int, 
 
 def read_weights(path: Path) -> dict[str, Any]:
     """The checked fields of a weights manifest."""
-    header = read_toml(path)
+    header = read_toml(path, HINT)
     check_fields(str(path), header, WEIGHTS)
     check_name(str(path), "file", header["file"])
     if "/" in header["file"]:
@@ -99,21 +100,13 @@ def read_weights(path: Path) -> dict[str, Any]:
     return header
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file of at most 16 MB as strict UTF-8; raises Error with the file and, where known, the line."""
-    text = read_text(path)
-    try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as e:
-        reason = "nested too deeply" if isinstance(e, RecursionError) else e
-        raise Error(f"{path}: {reason}", hint="mend the TOML") from None
-
-
 def check_fields(where: str, table: Mapping[str, Any], fields: Mapping[str, tuple[type, bool]]) -> None:
     """Raises Error for a field that is unknown, missing or of another type; a quoted "false" is no false."""
     for key, value in table.items():
         if key not in fields:
-            raise Error(f"{where}: unknown field {key!r}{suggest(key, fields)}", hint=f"fields: {', '.join(fields)}")
+            raise Error(
+                f"{where}: unknown field {brief(key)!r}{suggest(key, fields)}", hint=f"fields: {', '.join(fields)}"
+            )
         kind = fields[key][0]
         if type(value) is not kind:
             raise Error(f"{where}: {key} must be {_type(kind)}, got {_type(type(value))} {_brief(value)}")
@@ -124,12 +117,13 @@ def check_fields(where: str, table: Mapping[str, Any], fields: Mapping[str, tupl
 
 def read_header(path: Path) -> dict[str, Any]:
     """The checked fields of a manifest's TOML."""
-    header = read_toml(path)
+    header = read_toml(path, HINT)
     where = str(path)
     check_fields(where, header, HEADER)
     if header["kind"] not in KINDS:
         raise Error(
-            f"{where}: kind is {header['kind']!r}{suggest(header['kind'], KINDS)}", hint=f"one of {', '.join(KINDS)}"
+            f"{where}: kind is {brief(header['kind'])!r}{suggest(header['kind'], KINDS)}",
+            hint=f"one of {', '.join(KINDS)}",
         )
     if "root" in header:
         check_name(where, "root", header["root"])
@@ -207,8 +201,13 @@ def crop_boxes(width: int, height: int, size: int, stride: int, limit: int) -> l
     where a grid has more, its stride grows until it has not. Empty where the picture is smaller than a crop."""
     if min(width, height) < size:
         return []
-    while ((width - size) // stride + 1) * ((height - size) // stride + 1) > limit:
-        stride += 1
+    least, stride = stride, max(stride, width, height)
+    while least < stride:  # halving the range: counting up would take as long as a picture said to be a billion wide
+        middle = (least + stride) // 2
+        if ((width - size) // middle + 1) * ((height - size) // middle + 1) > limit:
+            least = middle + 1
+        else:
+            stride = middle
     return [(x, y, size) for y in _spread(height - size, stride) for x in _spread(width - size, stride)]
 
 

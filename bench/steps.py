@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import shlex
 import sys
@@ -18,8 +19,10 @@ from typing import Any
 from bench import config, registry
 from bench.config import How, Value
 from bench.store import Run, Store
-from bench.text import say, secrets
+from bench.text import brief, say, secrets
 from bench.types import Error, UsageError
+
+MOST_RUNS = 10_000  # that lists in one step of a plan may ask for
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,6 @@ def _run_step(step, store, how, shard, fresh, origins, typed) -> tuple[Run, bool
     from bench.show import counted
     from bench.text import mask
 
-    for name, value in {**step.fields, **step.params, **step.plan_args, **step.model_args}.items():
-        secrets().add_named(name, str(value))  # what is given as a key is masked wherever it is written
     plan, suite_origins = prepare_step(step, store, how)
     typed = shlex.join(["bench", *typed])
     meta = {
@@ -178,6 +179,8 @@ def _help(pipe: Any, root: str, how: How, options: Mapping[str, Any]) -> None:
 def prepare_step(step: Step, store: Store, how: How):
     from bench.execution import prepare
 
+    for name, value in {**step.fields, **step.params, **step.plan_args, **step.model_args}.items():
+        secrets().add_named(name, str(value))  # what is given as a key is masked wherever it is written
     cls = registry.find("suites", step.suite)
     suite, origins = config.build(cls, step.fields, step.params, step.where)
     factory = registry.find("adapters", step.model)
@@ -227,7 +230,9 @@ def flag_steps(args: Namespace) -> Iterator[Step]:
 
 def plan_steps(plan: Mapping[str, Any], where: str, args: Namespace) -> Iterator[Step]:
     for run in plan.get("run", ()):
-        cls = registry.find("suites", run["suite"])
+        with told(where):
+            cls = registry.find("suites", run["suite"])
+            registry.find("adapters", run["model"])
         for params in product(run.get("params", {}), list_fields(cls)):
             for model_args in product(run.get("model_args", {}), set()):
                 for seed in [args.seed] if args.seed is not None else run.get("seeds", [0]):
@@ -250,14 +255,35 @@ def list_fields(cls: type) -> set[str]:
 def product(values: Mapping[str, Any], whole: set[str]) -> Iterator[dict[str, Any]]:
     """Lists are products, but for parameters that are lists themselves."""
     choices = [v if isinstance(v, list) and k not in whole else [v] for k, v in values.items()]
+    if (count := math.prod(map(len, choices))) > MOST_RUNS:
+        names = ", ".join(brief(k, 30) for k, v in zip(values, choices, strict=True) if len(v) > 1)
+        raise Error(
+            f"the lists {brief(names)} are {count:,} combinations, more than {MOST_RUNS:,}", hint="fewer of them"
+        )
     for chosen in itertools.product(*choices):
         yield dict(zip(values, chosen, strict=True))
 
 
+@contextlib.contextmanager
+def told(where: str) -> Iterator[None]:
+    """Puts the plan's name before what is wrong in it."""
+    try:
+        yield
+    except Error as e:
+        raise type(e)(f"{where}: {e}", hint=e.hint) from None
+
+
 def refuse_code(plan: Mapping[str, Any], path: Path, allowed: bool) -> None:
-    """A plan from elsewhere is data: it names Python files only where the user says so."""
+    """A plan from elsewhere is data: it names Python files only where the user says so, and writes only below here."""
     if allowed or path.resolve().is_relative_to(Path.cwd()):
         return
+    written = [step["out"] for step in plan.get("train", ())] + [plan.get("how", {}).get("store", "")]
+    for place in map(str, written):
+        if Path(place).expanduser().is_absolute() or ".." in Path(place).parts:
+            raise Error(
+                f"{path} lies outside the working folder and writes to {brief(place)}",
+                hint="copy the plan here if that is meant",
+            )
     for step in [*plan.get("run", ()), *plan.get("train", ())]:
         for name in _texts(step):
             if registry.is_path(name):

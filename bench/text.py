@@ -10,9 +10,16 @@ import netrc
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
+
+from bench.types import Error
+
+MAX_TOML = 2**20  # bytes
+MAX_DOTS = 10**7  # sum over lines of the square of their dots: what dotted keys cost to read
 
 # C0, DEL, C1; Arabic letter mark, bidi marks, line separators, embeddings, isolates; byte order mark; surrogates
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
@@ -137,6 +144,56 @@ def closest(name: str, names: Iterable[str]) -> str:
     if near:
         return f"did you mean {' or '.join(near)}?"
     return f"choose from {', '.join(known[:20])}{' ...' if len(known) > 20 else ''}" if known else "there are none"
+
+
+def read_toml(path: Path, hint: str) -> dict[str, Any]:
+    """A TOML file of at most 1 MB in strict UTF-8, with numbers of at most 64 bits and without dates.
+
+    Raises Error with the file and, where known, the line; `hint` says what such a file holds.
+    """
+    try:
+        if not path.is_file():
+            raise Error(f"{path} cannot be read: {'it is no regular file' if path.exists() else 'No such file'}", hint)
+        if path.stat().st_size > MAX_TOML:
+            raise Error(f"{path} is larger than {MAX_TOML:,} bytes", hint)
+        text = path.read_bytes().decode("utf-8")
+        if sum(line.count(".") ** 2 for line in text.splitlines()) > MAX_DOTS:
+            raise Error(f"{path}: keys are nested too deeply", hint)
+        found = tomllib.loads(text)
+        for place, value in _leaves(found):
+            if not isinstance(value, str | bool | int | float):
+                raise Error(f"{path}: {place!r} is a date or a time, which nothing here takes", hint)
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise Error(f"{path}: {place!r} is a number of more than 64 bits", hint)
+        return found
+    except UnicodeDecodeError as e:
+        raise Error(f"{path} is not UTF-8 at byte {e.start}", hint="save it as UTF-8") from None
+    except OSError as e:
+        raise Error(f"{path} cannot be read: {e.strerror or e}", hint) from None
+    except RecursionError:
+        raise Error(f"{path}: nested too deeply", hint) from None
+    except Error:
+        raise
+    except ValueError as e:
+        raise Error(f"{path}: {brief(e)}", hint) from None
+
+
+def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a tree that are no table and no list, each with the last key above it."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, brief(key))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner, place)
+    else:
+        yield place, value
+
+
+def brief(value: Any, limit: int = 100) -> str:
+    """What others wrote, for a message: its beginning."""
+    text = str(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
@@ -12,9 +13,9 @@ from typing import Any
 from bench import config, registry
 from bench.config import How, Value
 from bench.identity import slug
-from bench.steps import Step, flag_steps, list_fields, plan_steps, prepare_step, product, refuse_code, run_steps
+from bench.steps import Step, flag_steps, list_fields, plan_steps, prepare_step, product, refuse_code, run_steps, told
 from bench.store import Store
-from bench.text import say, secrets
+from bench.text import brief, say, secrets
 from bench.types import Error, UsageError, Weights
 
 HOW = tuple(f.name for f in fields(How))
@@ -174,21 +175,30 @@ def train(args: Namespace) -> int:
 
 
 def _train_steps(step: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
-    for params in product(step.get("params", {}), list_fields(registry.find("recipes", step["recipe"]))):
+    with told(where):
+        cls = registry.find("recipes", step["recipe"])
+    for params in product(step.get("params", {}), list_fields(cls)):
         for seed in step.get("seeds", [0]):
-            try:
-                out = step["out"].format(seed=seed, **params)
-            except (KeyError, IndexError, ValueError) as e:
-                raise Error(f"{where}: train: out {step['out']!r} cannot be filled in: {e}") from None
             yield {
                 "recipe": step["recipe"],
-                "out": out,
+                "out": _filled(step["out"], {**params, "seed": seed}, where),
                 "model": step.get("model"),
                 "plan": params,
                 "plan_args": step.get("model_args", {}),
                 "seed": seed,
                 "where": where,
             }
+
+
+def _filled(out: str, values: Mapping[str, Any], where: str) -> str:
+    """The folder of a training: {name} stands for a parameter or the seed, and nothing else stands for anything."""
+    names = re.findall(r"\{(.*?)\}", out)
+    unknown = [name for name in names if name not in values]
+    if unknown or re.search(r"[{}\0]", re.sub(r"\{.*?\}", "", out)):
+        wrong = f": it has no parameter {brief(unknown[0])!r}" if unknown else ""
+        hint = f"known: {brief(', '.join(values))}"
+        raise Error(f"{where}: train: out {brief(out)!r} cannot be filled in{wrong}", hint=hint)
+    return re.sub(r"\{(.*?)\}", lambda m: str(values[m[1]]), out)
 
 
 def _train(

@@ -255,26 +255,6 @@ def test_a_plan_is_scored(tmp_path):
     assert command(tmp_path, "score", "plan.toml", "--model", "toy").code == 2
 
 
-def test_a_plan_from_elsewhere_may_not_name_code(tmp_path):
-    here, there = tmp_path / "here", tmp_path / "there"
-    here.mkdir(), there.mkdir()
-    marker = tmp_path / "ran"
-    (there / "evil.py").write_text(f"open({str(marker)!r}, 'w')\n")
-    steps = {
-        "suite": '[[run]]\nsuite = "EVIL"\nmodel = "toy"\n',
-        "model": '[[run]]\nsuite = "noise"\nmodel = "EVIL"\n',
-        "judge": '[[run]]\nsuite = "noise"\nmodel = "toy"\nparams = { judge = ["EVIL?x=1"] }\n',
-        "recipe": '[[train]]\nrecipe = "EVIL"\nout = "x"\n',
-    }
-    for name, text in steps.items():
-        (there / f"{name}.toml").write_text(text.replace("EVIL", f"{there}/evil.py:X"))
-        done = command(here, "score", f"../there/{name}.toml")
-        assert done.code == 1 and "lies outside the working folder" in done.err and "--allow-code" in done.err
-        assert not marker.exists(), name
-    command(here, "score", "../there/suite.toml", "--allow-code")
-    assert marker.exists()
-
-
 def test_the_environment_reaches_how_and_never_a_specification(tmp_path):
     specs = []
     names = ("SEED", "LIMIT", "NUM", "MODEL", "SUITE", "BATCH", "KEEP", "MAX_FAILURES")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from bench import weights
 from bench.types import Error, UsageError
-from bench.weights import check_folder, check_header, load_weights, open_folder, resolve
+from bench.weights import check_folder, load_weights, open_folder, resolve
 
 TENSORS = {"a": torch.arange(6, dtype=torch.float32).reshape(2, 3), "b": torch.tensor([1, 2], dtype=torch.int64)}
 

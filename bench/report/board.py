@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import tomllib
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from bench.text import closest
+from bench.text import brief, closest, read_toml
 from bench.types import Error, UsageError
 
-LIMIT = 16 << 20  # bytes; a board is a page long
+NAME = re.compile(r"[A-Za-z0-9_][\w.-]{0,79}")  # a board's, from which its folder is named
 KINDS = {  # what each kind of figure needs
     "scatter": ("x", "y"),
     "profile": ("metric",),
@@ -94,34 +94,38 @@ class Board:
 def read_board(path: Path) -> Board:
     """Reads a board file; raises Error naming file and key for what it does not know."""
     path = Path(path)
-    try:
-        if path.stat().st_size > LIMIT:
-            raise Error(f"{path} is larger than {LIMIT >> 20} MB", hint="this is no board file")
-        value = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise Error(f"board {path} cannot be read: {e.strerror}", hint="boards are files reports/<name>.toml") from None
-    except (ValueError, RecursionError, MemoryError) as e:
-        raise Error(f"{path}: {e}", hint="it must be TOML in UTF-8") from None
+    if not NAME.fullmatch(path.stem):
+        raise Error(f"{path}: a board is not called {path.stem!r}", hint="letters, digits, and - . _ between them")
+    value = read_toml(path, hint="a board is TOML, reports/<name>.toml: a title, [[column]], [rank]")
     board = _build(Board, {**value, "name": path.stem, "folder": path.parent}, str(path), ("name", "folder"))
     if not board.column:
         raise Error(f"{path}: no column", hint='add one: [[column]] suite = "reconstruction" metric = "psnr"')
+    for source in board.sources:
+        if source != "store" and (Path(source).is_absolute() or ".." in Path(source).parts or "\0" in source):
+            raise Error(
+                f"{path}: sources: {brief(source)!r} lies elsewhere", hint="`store`, or CSV files beside the board"
+            )
+    for column in board.column:
+        if column.digits is not None and not 0 <= column.digits <= 15:
+            raise Error(f"{path}: [[column]] {brief(column.key)}: digits = {column.digits}", hint="0 to 15")
     keys = [c.key for c in board.column]
     for key in {k for k in keys if keys.count(k) > 1}:
-        raise Error(f"{path}: column {key} stands twice", hint="remove one")
+        raise Error(f"{path}: column {brief(key)} stands twice", hint="remove one")
     if board.rank and board.rank.by not in keys:
-        raise Error(f"{path}: rank.by = {board.rank.by!r} is no column", hint=closest(board.rank.by, keys))
+        raise Error(f"{path}: rank.by = {brief(board.rank.by)!r} is no column", hint=closest(board.rank.by, keys))
     if board.rank and board.rank.ties != "interval":
-        raise Error(f"{path}: rank.ties = {board.rank.ties!r}", hint='the one rule is "interval"')
+        raise Error(f"{path}: rank.ties = {brief(board.rank.ties)!r}", hint='the one rule is "interval"')
     if not 0 <= board.gallery.items <= 48:
         raise Error(f"{path}: gallery.items = {board.gallery.items}", hint="0 to 48")
     for plot in board.figure:
         if plot.kind not in KINDS:
-            raise Error(f"{path}: figure kind {plot.kind!r}", hint=closest(plot.kind, KINDS))
+            raise Error(f"{path}: figure kind {brief(plot.kind)!r}", hint=closest(plot.kind, KINDS))
         needs = KINDS[plot.kind]
         for name in needs:
             if not getattr(plot, name):
                 raise Error(
-                    f"{path}: figure {plot.title!r} has no {name}", hint=f"a {plot.kind} needs {' and '.join(needs)}"
+                    f"{path}: figure {brief(plot.title)!r} has no {name}",
+                    hint=f"a {plot.kind} needs {' and '.join(needs)}",
                 )
     return board
 
@@ -157,11 +161,11 @@ NESTED = {"select": Select, "rank": Rank, "gallery": Gallery, "column": [Column]
 def _build(kind: type, value: Any, where: str, given: tuple[str, ...] = ()) -> Any:
     """A dataclass from a TOML table: unknown keys, missing keys and wrong types are errors."""
     if not isinstance(value, Mapping):
-        raise Error(f"{where}: must be a table, not {value!r}")
+        raise Error(f"{where}: must be a table, not {brief(value)!r}")
     known = {f.name: f for f in fields(kind)}
     for key in value:
         if key not in known:
-            raise Error(f"{where}: unknown key {key!r}", hint=closest(key, [k for k in known if k not in given]))
+            raise Error(f"{where}: unknown key {brief(key)!r}", hint=closest(key, [k for k in known if k not in given]))
     filled = {}
     for name, f in known.items():
         if name not in value:
@@ -187,5 +191,7 @@ def _convert(name: str, kind: str, value: Any, where: str) -> Any:
         raise Error(f"{where}: {name} must be a list of strings")
     expected = {"str": str, "bool": bool}.get(kind, int)
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
-        raise Error(f"{where}: {name} = {value!r} must be {'a string' if expected is str else expected.__name__}")
+        raise Error(
+            f"{where}: {name} = {brief(value)!r} must be {'a string' if expected is str else expected.__name__}"
+        )
     return value

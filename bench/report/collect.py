@@ -141,15 +141,23 @@ def read_scores(file: Path, own: bool) -> list[Score]:
 
 def _checked(score: Score, where: str, own: bool) -> Score:
     if score.better not in ("higher", "lower", "none"):
-        raise Error(f"{where}: better = {score.better!r}", hint="higher, lower or none")
+        raise Error(f"{where}: better = {score.better[:60]!r}", hint="higher, lower or none")
     for name in ("value", "low", "high"):
         value = getattr(score, name)
         if value is not None and not math.isfinite(value):
             raise Error(f"{where}: {name} is {value}", hint="leave it empty where nothing was measured")
+    interval = f"{where}: the interval of {score.metric[:60]}, {score.low!r} to {score.high!r},"
+    hint = "what contradicts itself is not shown: mend the row or leave it out"
     if score.low is not None and score.high is not None and score.low > score.high:
-        raise Error(f"{where}: the interval of {score.metric} is upside down: {score.low!r} to {score.high!r}")
-    if score.n < score.expected and not score.note:
-        score = replace(score, complete=False)
+        raise Error(f"{interval} is upside down", hint)
+    if score.value is not None and (
+        (score.low is not None and score.low > score.value) or (score.high is not None and score.high < score.value)
+    ):
+        raise Error(f"{interval} does not hold the value {score.value!r}", hint)
+    if not 0 <= score.n <= score.expected:
+        raise Error(f"{where}: n = {score.n} of expected = {score.expected}", hint)
+    if score.n < score.expected and (not score.note or (score.value is not None and not own)):
+        score = replace(score, complete=False)  # a note may explain why a value is withheld, not why rows are missing
     if score.source == "measured" and not own:
         score = replace(score, source=f"read from {Path(where.rsplit(' row ', 1)[0]).name}")
     return score
@@ -269,7 +277,7 @@ def _read_source(found: Collection, source: str, out: Path) -> None:
     if own:
         found.kept = json.loads((out / "runs.json").read_text(encoding="utf-8"))
         found.limited = sorted({*found.limited, *found.kept["limited"]})
-        found.pairs = dict(read_pairs((out / "pairs.csv").read_bytes().decode()))
+        found.pairs = dict(read_pairs((out / "pairs.csv").read_bytes().decode("utf-8", "surrogatepass")))
         known = {f.name for f in fields(Facts)}
         by_run: dict[str, list[Score]] = {}
         for s in scores:
@@ -404,7 +412,7 @@ def dump_pairs(pairs: Mapping[tuple[str, str, str], Estimate]) -> bytes:
     writer.writerow(PAIR_COLUMNS)
     for (column, a, b), e in sorted(pairs.items()):
         writer.writerow([*map(csv_cell, (column, a, b)), e.value, e.low, e.high, csv_cell(e.method), e.n])
-    return out.getvalue().encode()
+    return out.getvalue().encode("utf-8", "surrogatepass")
 
 
 def read_pairs(text: str) -> Iterator[tuple[tuple[str, str, str], Estimate]]:

@@ -1,5 +1,6 @@
 """Files that were made to do harm, built here from their parts, none of them stored; and a child that reads them."""
 
+import copy
 import io
 import json
 import os
@@ -418,3 +419,159 @@ CODE_KEYS = [
     "custom_generate",
     "_target_",
 ]
+
+
+# -- text: TOML and CSV
+
+# as TOML writes them
+HUGE = [
+    "9" * 5000,
+    "0x" + "f" * 5000,
+    "-1e400",
+    "nan",
+    "inf",
+    "1979-05-27T07:32:00Z",
+    "07:32:00",
+    "9223372036854775808",
+]
+
+
+class Raw(str):
+    """Written into a file as it is."""
+
+
+TEXTS = [
+    "",
+    " ",
+    "../x",
+    "/etc/passwd",
+    "C:\\x",
+    "a/b",
+    "true",
+    "0",
+    "x.py:Y",
+    "{seed.__class__}",
+    "{x}",
+    "{seed:>9}",
+    "{",
+    "*[!",
+    "\x1b[2J\x07",
+    "\x00",
+    "\u202eevil\u2066",
+    "\ud800",
+    "\ufeff",
+    "\u2028",
+    "=1+1",
+    "a\nb\rc",
+    "é漢\U0001f600",
+    "x" * 5000,
+    "'\"\\",
+    "0" * 64,
+    "sha256:" + "0" * 64,
+    "world",
+    "images",
+    "prompts",
+    "package-crops",
+    "nan",
+    "store",
+]
+
+
+def toml_of(value) -> str:
+    """A value as TOML; JSON's texts and numbers are almost TOML's, and where they are not, that is one more case."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{toml_of(k)} = {toml_of(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(toml_of, value)) + "]"
+    if isinstance(value, str) and not isinstance(value, Raw):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def toml_file(tree: dict) -> str:
+    """A whole file; tables and lists of tables are written inline."""
+    return "".join(f"{toml_of(key)} = {toml_of(value)}\n" for key, value in tree.items())
+
+
+def near_miss(word: str, rng: random.Random) -> str:
+    """A word with one slip of the finger."""
+    i = rng.randrange(len(word) or 1)
+    return rng.choice(
+        [word[:i] + word[i + 1 :], word[:i] + word[i : i + 1] * 2 + word[i + 1 :], word.upper(), word + "s", word[::-1]]
+    )
+
+
+def leaf(rng: random.Random):
+    """A value of any type, extreme where it can be."""
+    numbers = [0, -1, 1, 2**31, 2**63 - 1, -(2**63), 10**30, 0.0, -0.5, 1e308, 5e-324, 65536, 3]
+    return rng.choice([rng.choice(TEXTS), rng.choice(numbers), rng.random() < 0.5, Raw(rng.choice(HUGE)), [], {}])
+
+
+def branch(rng: random.Random, words, depth: int = 0):
+    """A value, a list or a table of them, with keys that are known, nearly known, or anything."""
+    kind = rng.randrange(4) if depth < 3 else 0
+    if kind <= 1:
+        return leaf(rng)
+    if kind == 2:
+        return [branch(rng, words, depth + 1) for _ in range(rng.randrange(4))]
+    return {key(rng, words): branch(rng, words, depth + 1) for _ in range(rng.randrange(4))}
+
+
+def key(rng: random.Random, words) -> str:
+    word = rng.choice(words)
+    return rng.choice([word, word, near_miss(word, rng), rng.choice(TEXTS)])
+
+
+def places(tree, path=()):
+    """The paths to all values of a tree."""
+    inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for name, value in inner:
+        yield (*path, name)
+        yield from places(value, (*path, name))
+
+
+def tree_mutant(good: dict, words, rng: random.Random) -> dict:
+    """A good tree with up to four changes: a value of another type or size, a key gone, misspelt or new."""
+    tree = copy.deepcopy(good)
+    for _ in range(rng.randint(0, 4)):
+        found = list(places(tree))
+        if not found:
+            break
+        *path, name = rng.choice(found)
+        inside = tree
+        for step in path:
+            inside = inside[step]
+        action = rng.randrange(6)
+        if action <= 1:
+            inside[name] = branch(rng, words)
+        elif action == 2:
+            inside[name] = rng.choice([[inside[name]], {"x": inside[name]}, str(inside[name]), leaf(rng)])
+        elif action == 3:
+            del inside[name]
+        elif isinstance(inside, dict) and action == 4:
+            inside[near_miss(str(name), rng)] = inside.pop(name)
+        elif isinstance(inside, dict):
+            inside[key(rng, words)] = branch(rng, words)
+    return tree
+
+
+def byte_mutant(data: bytes, rng: random.Random, few: int = 3) -> bytes:
+    """Up to `few` changes to the bytes: other ones, marks of the format, parts doubled, cut out or cut off."""
+    marks = [b'"', b"'", b",", b"\n", b"\r", b"=", b"[[", b"]", b"{", b"#", b"\0", b"\xff", b"\xef\xbb\xbf", b"\\u"]
+    other = bytearray(data)
+    for _ in range(rng.randint(0, few)):
+        place = rng.randrange(len(other) + 1)
+        action = rng.randrange(6)
+        if action == 0:
+            other[place : place + 1] = bytes([rng.randrange(256)])
+        elif action == 1:
+            other[place:place] = rng.choice(marks)
+        elif action == 2:
+            del other[place : place + rng.randint(1, 30)]
+        elif action == 3:
+            other[place:place] = other[place : place + rng.randint(1, 60)]
+        elif action == 4:
+            other[place:place] = rng.choice(TEXTS).encode("utf-8", "surrogatepass")
+        elif rng.random() < 0.2:
+            del other[place:]
+    return bytes(other)
