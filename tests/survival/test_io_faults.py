@@ -130,7 +130,7 @@ def test_every_operation_fails_in_every_way(memory, tally, size):
     tally("I/O faults", passed, len(cases), lost=lost, false=false, tracebacks=traces)
     print(f"{len(made)} operations, {len(cases)} faults")
     assert not problems, f"{len(problems)} of {len(cases)}: {problems[:3]}"
-    assert len(made) >= 60
+    assert len(made) >= 40
 
 
 # -- for real
