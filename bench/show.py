@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,16 @@ def print_scores(run: Run, slices: bool = False) -> None:
         print(plain(f"  [{i}] {text}"))
 
 
+def judge_failures(run: Run, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What judges failed at, by kind, and how they are asked again."""
+    for name in sorted({name for row in rows for name in row if name.endswith("-failure")}):
+        kinds = Counter(str(row[name]) for row in rows if row.get(name))
+        if kinds:
+            told = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
+            what = f"{name.removesuffix('-failure')}: no answer for {kinds.total():,} of {counted(len(rows), 'item')}"
+            yield f"{what} ({told}); bench rescore {run.id} asks again"
+
+
 def _remarks(note: str, footnotes: Mapping[str, int]) -> str:
     """`   (of this score alone) [1] [2]`."""
     parts = [text for text in note.split("; ") if text]
@@ -98,6 +109,8 @@ def print_run(run: Run, slices: bool) -> None:
     codes = run.codes()
     if len(codes) > 1:
         print(f"\nits records were made by {len(codes)} versions of the suite's code: {', '.join(sorted(codes))}")
+    for text in judge_failures(run, run.table().rows):
+        print("\n" + plain(text))
     failures = run.failures()
     if failures:
         print(f"\n{counted(len(failures), 'unit')} failed:")

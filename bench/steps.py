@@ -58,7 +58,7 @@ def run_step(
 def _run_step(step, store, how, shard, fresh, origins, typed) -> tuple[Run, bool]:
     from bench.execution import carry_out, parse_shard
     from bench.progress import Bar
-    from bench.show import counted
+    from bench.show import counted, judge_failures
     from bench.text import mask
 
     plan, suite_origins = prepare_step(step, store, how)
@@ -87,7 +87,10 @@ def _run_step(step, store, how, shard, fresh, origins, typed) -> tuple[Run, bool
         say(f"{len(failures)} of {counted(len(mine), 'unit')} failed: {which}")
     if left and shard:
         say(f"{left} of {counted(len(plan.units), 'unit')} left to other shards")
-    flat = sum("flat" in row for row in run.table().rows)
+    rows = run.table().rows
+    for text in judge_failures(run, rows):
+        say(text)
+    flat = sum("flat" in row for row in rows)
     if flat:
         say(f"the model gave one flat colour for {flat} of {run.meta['items']:,} items; they are scored")
     partial = [s.metric for s in run.scores() if not s.complete]

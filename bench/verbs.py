@@ -312,7 +312,7 @@ def compare(args: Namespace) -> int:
 def rescore(args: Namespace) -> int:
     from bench.execution import derive, suite_of
     from bench.rescore import remeasure
-    from bench.show import counted, print_scores
+    from bench.show import counted, judge_failures, print_scores
 
     how, _ = config.resolve_how({}, {"store": args.store})
     store = Store(how.store)
@@ -320,6 +320,8 @@ def rescore(args: Namespace) -> int:
     for run in runs:
         say(f"{run.id}: {counted(remeasure(run, args.metric, how), 'unit')} measured")
         derive(run, suite_of(run))
+        for text in judge_failures(run, run.table().rows):
+            say(text)
         if not args.json:
             print_scores(run)
     if args.json:

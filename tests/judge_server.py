@@ -256,7 +256,7 @@ class JudgeServer:
 
     def judge(self, **arguments):
         """The value of a field of type Model that names this judge."""
-        arguments = {"model": "toy", "url": self.url, **arguments}
+        arguments = {"model": "toy", **arguments, "url": self.url}  # the URL last: the rest would read as its query
         return Model("endpoint?" + "&".join(f"{k}={v}" for k, v in arguments.items()))
 
     def _serve(self, sock):

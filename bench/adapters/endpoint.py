@@ -3,6 +3,8 @@
     endpoint?model=qwen2.5-vl-7b&url=http://localhost:8000/v1
     endpoint?model=gpt-4o&url=https://api.openai.com/v1&credential=OPENAI_API_KEY
 
+The URL stands last: what followed it would read as its query, and be masked wherever it is shown.
+
 An item that gets no answer that counts is a failure with its kind (`bench.capabilities.FAILURES`), what came instead,
 and the calls it took; never a zero. Tried again are 408, 409, 429, 500 and above, time-outs and broken connections,
 after 0.5 s doubling to 8 s, or what Retry-After says; while a judge is down, once an item. A refused key stops the run
@@ -35,7 +37,8 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0  # seconds before the second try; doubling u
 LONGEST_ASKED = 120.0  # seconds of Retry-After that are waited for
 OPTIONAL = ("response_format", "logprobs", "max_tokens", "seed")  # what servers differ in
 ANSWER_TOKENS = 64  # of a choice
-SILENT = 3  # items in a row that got no reply at all, after which an item is tried once, until one gets a reply
+DOWN = ("Connection", "Timeout", "Server")
+SILENT = 3  # items in a row that failed so, after which an item is tried once, until one gets a reply
 
 
 class Reply(NamedTuple):
@@ -60,7 +63,7 @@ class Endpoint:
         url: str,
         credential: str = "",  # name of an environment variable, or file:PATH; "": no key
         tries: int = 5,  # calls an item
-        seconds: float = 600.0,  # an item, waits included
+        seconds: float = 300.0,  # an item, waits included
         timeout: float = 120.0,  # seconds of one call, from connecting to the last byte
         calls: int = 0,  # of this process in all, after which the run stops; 0: no limit
         run_seconds: float = 0.0,  # in calls and waits of this process, likewise
@@ -112,7 +115,7 @@ class Endpoint:
                         continue
                     if e.status in (400, 422):
                         self._left_out -= doubted  # it was not that
-                    self._silent = self._silent + 1 if e.again else 0
+                    self._silent = self._silent + 1 if e.failure in DOWN else 0
                     return _failed(e.failure, e.reply, tries)
                 self._silent = 0
                 return self._read(reply, schema, choices, tries)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from bench.capabilities import Answer, VQAModel, has
 from bench.identity import digest
 from bench.metrics.pixel import mean_of_rows, quantise
+from bench.stats import proportion
 from bench.types import Error, UsageError
 
 NEUTRAL = "This is a card with some words on it, shown below the picture for no reason."
@@ -20,7 +21,8 @@ CARD_WIDTH, LINE, LETTERS = 320, 16, 44  # px, px, letters a line
 
 @dataclass(frozen=True)
 class Asked:
-    """Probability that a judge gives to the answer `wanted`, mean over pictures.
+    """Probability that a judge gives to the answer `wanted`, mean over pictures; of a judge that gives no
+    probabilities, the rate at which it answers so.
 
     A judge's failure is a null, with its kind, what came instead and the calls it took in `asked-failure`,
     `asked-reply` and `asked-tries`; `bench rescore` asks again. An abstention is a null that is counted.
@@ -95,6 +97,10 @@ class Asked:
 
     def reduce(self, table):
         found = {"": mean_of_rows(table, self.name)}
+        values = [v for v in table.column(self.name) if v is not None]
+        if values and set(values) <= {0.0, 1.0} and len(set(table.clusters())) == len(table):  # a rate
+            rate = proportion(int(sum(values)), len(values))
+            found[""] = replace(rate, note=found[""].note)
         if self.control:
             found["injection"] = mean_of_rows(table, f"{self.name}.injection")
         return found

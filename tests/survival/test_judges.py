@@ -112,7 +112,8 @@ def test_all_replies_through_the_command_line(tmp_path, tally):
         again = command(tmp_path, "rescore", "asking")
     traces = sum("Traceback" in d.err for d in (done, shown, again))
     clean = not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", shown.out)
-    right = (done.code, again.code, traces, clean) == (3, 0, 0, True)
+    told = all(f" {kind}" in done.err for kind in FAILURES) and "asked: no answer for 41 of 42 items" in done.err
+    right = (done.code, again.code, traces, clean, told) == (3, 0, 0, True, True)
     tally("judges by the command line", int(right), 1, tracebacks=traces)
     assert right, (done, again, shown)
     assert run.log("").read_bytes() == log and score_of(run).n == len(names)
