@@ -22,6 +22,7 @@ from toys import Drawing, Painter
 
 from bench import Store, door, execute, execution, registry
 from bench.config import How
+from bench.engine import LocalEngine
 from bench.execution import Observer
 
 HERE = Path(__file__).resolve()
@@ -55,6 +56,17 @@ class Journal(Drawing):
         os.write(fd, f"{unit.id}\n".encode())
         os.close(fd)
         yield from super().run(unit, model, ctx)
+
+
+class InGroups(LocalEngine):
+    """A worker in this process whose records come three together, as those of many workers may."""
+
+    @contextlib.contextmanager
+    def open(self, work, **live):
+        with super().open(work, **live) as measure:
+            yield lambda units: (
+                [record for group in measure(units[i : i + 3]) for record in group] for i in range(0, len(units), 3)
+            )
 
 
 class Acks(Observer):

@@ -21,6 +21,7 @@ from faults import (
     Dead,
     Disk,
     Dying,
+    InGroups,
     Recorder,
     Replay,
     Wordy,
@@ -298,6 +299,8 @@ def scenarios(base, rng, true, records, count):
         return fill
 
     yield recorded("from nothing")
+    yield recorded("records that come together", engine=InGroups())
+    yield recorded("records that come together, killed", lives=(45, None), engine=InGroups())
     yield recorded("after a torn line", begun(lambda data: data[:-700]))
     yield recorded(
         "after a damaged line", begun(lambda data: data.replace(b"psn", b"PSN").replace(b"item-001", b"X", 1))
