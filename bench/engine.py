@@ -7,6 +7,7 @@ cluster. Both serve the same loop, so time-outs, second tries and what a death c
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import statistics
@@ -29,6 +30,7 @@ TRIES = 2  # of a unit whose worker died
 MEDIANS = 10
 RECENT = 101  # units whose median decides a time limit
 OPEN_TIMEOUT = 1800.0  # seconds in which a model must be open
+LONGEST_WAIT = 3600.0  # seconds
 GRACE = 0.5  # seconds in which idle workers may end by themselves
 
 Measure: TypeAlias = Callable[[Sequence[Unit]], Iterator[list[Record]]]
@@ -124,6 +126,7 @@ class Crew:
         self.rates: deque[float] = deque(maxlen=RECENT)  # seconds of a unit by its cost
         self.rate = 0.0  # their median
         self.refused: Error | None = None  # why a worker was left out
+        self.look = math.inf  # when the first of them may be overdue
 
     def __enter__(self) -> Crew:
         return self
@@ -139,6 +142,7 @@ class Crew:
 
     def add(self, handle: Handle) -> None:
         self.opening[handle] = None
+        self.look = min(self.look, handle.since + OPEN_TIMEOUT)
         handle.start()
 
     def gather(self, count: int) -> None:
@@ -146,7 +150,7 @@ class Crew:
         while len(self.idle) < count:
             for handle in self.wait(list(self.opening), self._patience()):
                 self._hear(handle)
-            self._end_overdue()
+            self._overdue()
             if self.refused and len(self.idle) + len(self.opening) < count:
                 raise self.refused
 
@@ -160,11 +164,12 @@ class Crew:
                 handle = self.idle.pop()
                 handle.give(*(self.again.popleft() if self.again else (next(fresh), 1)))
                 self.busy[handle] = None
+                self.look = min(self.look, handle.since + self._limit(handle.unit))
                 waiting -= 1
             while self.vacant and waiting > len(self.opening):
                 self.add(self.vacant.pop().again())
             heard = [self._hear(h) for h in self.wait([*self.opening, *self.busy], self._patience())]
-            records = [r for r in [*heard, *self._end_overdue()] if r is not None]
+            records = [r for r in [*heard, *self._overdue()] if r is not None]
             left -= len(records)
             if records:
                 self.rate = statistics.median(self.rates or [0.0])
@@ -219,9 +224,11 @@ class Crew:
             raise error
         say(f"one worker less: {error}")
 
-    def _end_overdue(self) -> list[Record]:
+    def _overdue(self) -> list[Record]:
         """Kills the workers that have outlived their time; the records of their units."""
         now = time.monotonic()
+        if now < self.look:
+            return []
         for handle in [h for h in self.opening if now - h.since > OPEN_TIMEOUT]:
             self._leave_out(handle, Error(f"a worker did not open the model in {OPEN_TIMEOUT:g} s"))
         records = []
@@ -230,13 +237,14 @@ class Crew:
             self._vacate(handle)
             hint = f"--unit-timeout {4 * limit:.0f} allows more" if not self.work.how.unit_timeout else ""
             records.append(self._lost(handle, "Timeout", f"took longer than {limit:g} s", hint))
+        ends = [h.since + OPEN_TIMEOUT for h in self.opening]
+        ends += [h.since + self._limit(h.unit) for h in self.busy]
+        self.look = min(ends, default=math.inf)
         return records
 
     def _patience(self) -> float:
-        """Seconds until the first worker is overdue."""
-        ends = [h.since + OPEN_TIMEOUT for h in self.opening]
-        ends += [h.since + self._limit(h.unit) for h in self.busy]
-        return max(0.0, min(ends) - time.monotonic())
+        """Seconds in which no worker is overdue."""
+        return min(max(0.0, self.look - time.monotonic()), LONGEST_WAIT)
 
     def _limit(self, unit: Unit) -> float:
         if self.work.how.unit_timeout:

@@ -25,7 +25,7 @@ from bench.text import say
 from bench.types import Error, Json, Unit
 from bench.worker import Work
 
-LONGEST_WAIT = 10.0  # seconds, after which it is looked again
+LONGEST_WAIT = 10.0  # seconds, in which Ray hears no signal
 
 
 @dataclass(frozen=True)

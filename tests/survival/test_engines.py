@@ -68,6 +68,7 @@ def test_seven_faults_in_one_run_cost_their_units_alone(tmp_path, tally, times):
             passed += bool(ok) and record.attempt == 2 and seen[fault] == 2
         elif fault == "hangs":
             passed += bool(record.error) and record.error["kind"] == "Timeout" and seen[fault] == 1
+            assert record.error["message"] == "took longer than 4 s" and record.attempt == 1
         else:
             passed += record.status == "ok" and seen[fault] >= 1
     innocent = [r for u, r in records.items() if u not in units.values()]
