@@ -207,7 +207,7 @@ def unpack(archive: Path, folder: Path, max_files: int, max_bytes: int) -> int:
 
     def fill(place: Path) -> None:
         nonlocal count
-        seen: set[str] = set()
+        seen: dict[str, bool] = {}  # name -> is it a folder?
         room = max_bytes
         for name, size, stream in _members(archive, max_bytes):
             _check_member(archive, name, seen)
@@ -272,13 +272,15 @@ def _members(archive: Path, max_bytes: int) -> Iterator[tuple[str, int, IO[bytes
                     raise _bomb(archive, max_bytes)
 
 
-def _check_member(archive: Path, name: str, seen: set[str]) -> None:
+def _check_member(archive: Path, name: str, seen: dict[str, bool]) -> None:
     parts = name.split("/")
     if not name.isprintable() or "\\" in name or any(p in ("", ".", "..") or len(os.fsencode(p)) > 255 for p in parts):
         raise _odd(archive, name)
-    if name.casefold() in seen:
-        raise Error(f"{archive.name}: {name!r} appears twice", hint="nothing was unpacked")
-    seen.add(name.casefold())
+    same = name.casefold().split("/")
+    above = ["/".join(same[:i]) for i in range(1, len(same))]
+    if "/".join(same) in seen or any(not seen.setdefault(folder, True) for folder in above):
+        raise Error(f"{archive.name}: {name!r} appears twice, or as file and folder", hint="nothing was unpacked")
+    seen["/".join(same)] = False
 
 
 def _odd(archive: Path, name: str) -> Error:

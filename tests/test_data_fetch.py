@@ -1,14 +1,8 @@
-"""Downloads against a server on this machine that lies, stops and redirects; archives made to escape."""
+"""Downloads and whole manifests against a server on this machine; what means harm is in tests/survival."""
 
 import contextlib
-import gzip
 import hashlib
 import io
-import os
-import socket
-import stat
-import struct
-import tarfile
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench import fetch, manifest
-from bench.fetch import download, unpack
+from bench import manifest
+from bench.fetch import download
 from bench.types import Error, UsageError
 
 CONTENT = np.random.default_rng(5).bytes(300_000)
@@ -165,14 +159,6 @@ def test_a_broken_download_resumes_and_ends_with_the_whole_file(server, tmp_path
     assert left(target) == ["w.pt"]
 
 
-@pytest.mark.parametrize("path", ["/file", "/no-ranges", "/wrong-range", "/range-refused"])
-def test_a_partial_of_another_file_is_never_mixed_in(server, tmp_path, path):
-    target = tmp_path / "w.pt"
-    (tmp_path / "w.pt.part").write_bytes(OTHER[:150_000])
-    get(server, path, target)
-    assert target.read_bytes() == CONTENT and left(target) == ["w.pt"]
-
-
 def test_without_a_hash_nothing_is_resumed(server, tmp_path):
     target = tmp_path / "w.pt"
     (tmp_path / "w.pt.part").write_bytes(CONTENT[:150_000])
@@ -180,62 +166,9 @@ def test_without_a_hash_nothing_is_resumed(server, tmp_path):
     assert server.asked == [("/file", 0)]
 
 
-def test_more_or_less_than_declared_is_refused(server, tmp_path):
-    target = tmp_path / "w.pt"
-    for path in ("/file", "/endless"):
-        with pytest.raises(Error, match="more than the 299,999 bytes"):
-            get(server, path, target, size=299_999)
-    assert left(target) == []
-    with pytest.raises(Error, match="ended after"):
-        get(server, "/file", target, size=300_001)
-    assert not target.exists()
-
-
 def test_redirects_are_followed_a_few_times(server, tmp_path):
     get(server, "/chain?3", tmp_path / "w.pt")
     assert (tmp_path / "w.pt").read_bytes() == CONTENT
-    for path in ("/loop", "/chain?9", "/redirect-without-target"):
-        with pytest.raises(Error):
-            get(server, path, tmp_path / "x.pt")
-
-
-ELSEWHERE = [
-    "file:///etc/passwd",
-    "ftp://127.0.0.1/x",
-    "gopher://127.0.0.1/x",
-    "https://user:secret@example.org/x",
-    "http://169.254.169.254/latest/meta-data",
-    "http://10.0.0.1/x",
-    "http://192.168.1.1/x",
-    "http://172.16.0.1/x",
-    "http://100.64.0.1/x",
-    "http://0.0.0.0/x",
-    "http://[fe80::1]/x",
-    "http://[fc00::1]/x",
-    "http://[::ffff:10.0.0.1]/x",
-    "http://224.0.0.1/x",
-    "http://2130706433.example.invalid/x",
-    "http:///x",
-    "http://127.0.0.1:99999/x",
-    "//",
-]
-
-
-@pytest.mark.parametrize("url", ELSEWHERE)
-def test_other_schemes_and_private_addresses_are_never_opened_even_by_redirect(server, tmp_path, url, monkeypatch):
-    opened = []
-    real = socket.create_connection
-
-    def watched(address, *args, **kwargs):
-        opened.append(address)
-        return real(address, *args, **kwargs)
-
-    monkeypatch.setattr(socket, "create_connection", watched)
-    for start in (url, f"{server.url}/to?{url}"):
-        with pytest.raises(Error) as caught:
-            download(start, tmp_path / "w.pt", SHA256, loopback=True)
-        assert "secret" not in str(caught.value)
-    assert set(opened) <= {("127.0.0.1", server.server_port)} and left(tmp_path / "w.pt") == []
 
 
 def test_without_the_flag_for_tests_this_machine_and_plain_http_are_refused(server, tmp_path):
@@ -243,28 +176,6 @@ def test_without_the_flag_for_tests_this_machine_and_plain_http_are_refused(serv
         with pytest.raises(Error):
             download(url, tmp_path / "w.pt", SHA256)
     assert server.asked == [] and left(tmp_path / "w.pt") == []
-
-
-def test_a_name_with_one_private_address_among_public_ones_is_refused(monkeypatch, tmp_path):
-    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, 443)) for a in ("93.184.216.34", "10.0.0.7")]
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: found)
-    monkeypatch.setattr(socket, "create_connection", lambda *a, **k: pytest.fail("opened"))
-    with pytest.raises(Error, match=r"10\.0\.0\.7, which is not a public address"):
-        download("https://example.org/x", tmp_path / "w.pt", SHA256)
-
-
-def test_slow_silent_and_broken_servers_end_in_words(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "TIMEOUT", 0.3)
-    monkeypatch.setattr(fetch, "WINDOW", 0.3)
-    for path, reason in {"/drip": "less than", "/silent": "timed out", "/garbage": "garbage", "/absent": "404"}.items():
-        with pytest.raises(Error, match=reason) as caught:
-            get(server, path, tmp_path / "w.pt")
-        assert path in str(caught.value)
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        with pytest.raises(Error, match="refused"):
-            download(f"http://127.0.0.1:{unused.getsockname()[1]}/x", tmp_path / "w.pt", SHA256, loopback=True)
-    assert not (tmp_path / "w.pt").exists()
 
 
 def test_keys_in_redirected_urls_do_not_reach_messages(server, tmp_path):
@@ -290,109 +201,6 @@ def zipped(*members, **options) -> bytes:
         for name, content in members:
             pack.writestr(name, content)
     return file.getvalue()
-
-
-def zip_link(name, target):
-    info = zipfile.ZipInfo(name)
-    info.external_attr = (stat.S_IFLNK | 0o777) << 16
-    return info, target
-
-
-def tarred(*members, mode="w") -> bytes:
-    """Members are (name, content), or (TarInfo, b'')."""
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode=mode) as pack:
-        for name, content in members:
-            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
-            info.size = len(content)
-            pack.addfile(info, io.BytesIO(content))
-    return file.getvalue()
-
-
-def special(name, kind, link=""):
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, link
-    return info, b""
-
-
-def lying_zip() -> bytes:
-    """The directory says 10 bytes, the stream holds a million."""
-    data = bytearray(zipped(("a.png", b"0" * 1_000_000)))
-    for signature, place in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):
-        start = data.index(signature) + place
-        data[start : start + 4] = struct.pack("<I", 10)
-    return bytes(data)
-
-
-def encrypted_zip() -> bytes:
-    data = bytearray(zipped(("a.png", b"secret")))
-    for signature, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
-        data[data.index(signature) + place] |= 1
-    return bytes(data)
-
-
-A = ("a.png", b"a")
-ESCAPES = {
-    "zip ..": zipped(A, ("../evil", b"x")),
-    "zip deep ..": zipped(A, ("x/../../evil", b"x")),
-    "zip absolute": zipped(A, ("/tmp/evil", b"x")),
-    "zip backslash": zipped(A, ("..\\evil", b"x")),
-    "zip drive": zipped(A, ("C:\\evil", b"x")),
-    "zip link": zipped(A, zip_link("link", "/etc"), ("link/evil", b"x")),
-    "zip control": zipped(A, ("a\x1b[2Jb", b"x")),
-    "zip twice": zipped(A, ("b", b"1"), ("b/../a.png", b"2")),
-    "zip case twins": zipped(A, ("A.PNG", b"x")),
-    "zip long name": zipped(A, ("n" * 256, b"x")),
-    "zip many": zipped(*((f"{i}", b"") for i in range(1001))),
-    "zip bomb": zipped(("a.png", b"0" * 2_000_000)),
-    "zip that lies": lying_zip(),
-    "zip encrypted": encrypted_zip(),
-    "zip damaged": zipped(("a.png", os.urandom(5000)))[:2000],
-    "zip crc": zipped(("a.png", CONTENT[:5000])).replace(CONTENT[100:110], b"0123456789"),
-    "zip file as folder": zipped(A, ("a.png/b", b"x")),
-    "tar ..": tarred(A, ("../evil", b"x")),
-    "tar absolute": tarred(A, ("/tmp/evil", b"x")),
-    "tar link": tarred(A, special("link", tarfile.SYMTYPE, "/etc"), ("link/evil", b"x")),
-    "tar link inside": tarred(A, special("link", tarfile.SYMTYPE, "a.png")),
-    "tar hard link": tarred(A, special("link", tarfile.LNKTYPE, "../../etc/passwd")),
-    "tar pipe": tarred(A, special("pipe", tarfile.FIFOTYPE)),
-    "tar device": tarred(A, special("null", tarfile.CHRTYPE)),
-    "tar twice": tarred(A, A),
-    "tar.gz bomb": gzip.compress(tarred(("a.png", b"0" * 2_000_000))),
-    "tar.gz damaged": gzip.compress(tarred(A))[:-20],
-    "tar.gz wrong checksum": gzip.compress(tarred(A))[:-8] + b"\0" * 8,
-    "tar.gz with a bomb behind": gzip.compress(tarred(A) + b"0" * 3_000_000),
-    "tar.xz damaged": tarred(A, mode="w:xz")[:-40],
-    "nothing": b"",
-    "HTML": b"<html>" * 100,
-}
-
-
-@pytest.mark.parametrize("name", ESCAPES)
-def test_archives_are_refused_whole(name, tmp_path):
-    archive, folder = tmp_path / "in/pack", tmp_path / "out"
-    archive.parent.mkdir()
-    archive.write_bytes(ESCAPES[name])
-    with pytest.raises(Error) as caught:
-        unpack(archive, folder, max_files=1000, max_bytes=1_000_000)
-    assert not folder.exists() and sorted(p.name for p in tmp_path.rglob("*")) == ["in", "pack"]
-    assert caught.value.hint
-    folder.mkdir()
-    (folder / "kept").write_text("x")
-    with pytest.raises(Error):
-        unpack(archive, folder, max_files=1000, max_bytes=1_000_000)
-    assert [p.name for p in folder.iterdir()] == ["kept"]
-
-
-@pytest.mark.parametrize(
-    "pack", [zipped, tarred, lambda *m: tarred(*m, mode="w:gz"), lambda *m: tarred(*m, mode="w:xz")]
-)
-def test_good_archives_are_unpacked_byte_for_byte(pack, tmp_path):
-    members = [("a.png", CONTENT), ("sub/deep/b.png", b"b"), ("empty", b"")]
-    archive, folder = tmp_path / "pack", tmp_path / "out"
-    archive.write_bytes(pack(*members))
-    assert unpack(archive, folder, max_files=3, max_bytes=len(CONTENT) + 1) == 3
-    assert {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == dict(members)
 
 
 # -- whole manifests
