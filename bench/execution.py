@@ -20,6 +20,7 @@ from bench.engine import Engine, LocalEngine, Measure
 from bench.identity import digest, fingerprint, without_copy
 from bench.store import Run, Store, dump_scores, run_id
 from bench.suite import Suite
+from bench.text import mask
 from bench.types import Error, Json, Model, Record, Score, Unit, UsageError, Weights
 from bench.worker import GENERATED, Work, code_digest, open_model, parse_model, require, utc, versions_of
 
@@ -401,7 +402,10 @@ def suite_of(run: Run) -> Suite:
 
 
 def model_label(model: str, arguments: Arguments) -> str:
-    """What a model is called: the weights' own name, else the adapter's, with the arguments that were given."""
+    """What a model is called: the weights' own name, else the adapter's, with the arguments that were given.
+
+    It becomes part of folders, tables and pages: secrets are masked.
+    """
     parts = []
     for name, value in arguments.what.items():
         if name in arguments.weights and value:
@@ -413,7 +417,7 @@ def model_label(model: str, arguments: Arguments) -> str:
             parts.append(str(value))
     if not any(n in arguments.weights and value for n, value in arguments.what.items()):
         parts.insert(0, model.partition(":")[2] if registry.is_path(model) else model)
-    return "-".join(parts)
+    return "-".join(map(mask, parts))
 
 
 def _identified(value: Any, is_weights: bool, digests: Any) -> Json:
@@ -421,6 +425,8 @@ def _identified(value: Any, is_weights: bool, digests: Any) -> Json:
         from bench.weights import resolve
 
         return fingerprint(resolve(str(value)), digests)
+    if isinstance(value, str) and mask(value) != value:  # an address with a key in it: told from others by its digest
+        return [mask(value), digest(value)[:16]]
     return value
 
 

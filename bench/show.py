@@ -15,15 +15,15 @@ from bench import registry
 from bench.capabilities import CAPABILITIES, has, held
 from bench.identity import slug
 from bench.store import Run, Store
-from bench.text import plain
+from bench.text import mask, plain
 from bench.types import Error, Score
 
 FIGURE_INCHES = (6.4, 4.0)
 
 
 def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lines of left-aligned columns, two spaces apart."""
-    cells = [[plain(str(c)) for c in row] for row in [head, *rows]]
+    """Lines of left-aligned columns, two spaces apart; no control characters, secrets masked."""
+    cells = [[plain(mask(str(c))) for c in row] for row in [head, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 

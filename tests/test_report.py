@@ -227,7 +227,7 @@ def test_a_strangers_file_is_cited_whatever_it_says(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(low=31.0, high=29.0), "row 2: the interval of psnr is upside down"),
+        (dict(low=31.0, high=29.0), "row 2: the interval of psnr, 31.0 to 29.0, is upside down"),
         (dict(better="up"), "row 2: better = 'up'"),
         (dict(value=math.nan), "row 2: value is nan"),
         (dict(high=math.inf), "row 2: high is inf"),

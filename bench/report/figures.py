@@ -49,7 +49,7 @@ class Drawing:
         writer.writerow(map(csv_cell, names))
         for row in self.rows:
             writer.writerow([csv_cell(v) if isinstance(v, str) else v for v in (row.get(k) for k in names)])
-        return out.getvalue().encode()
+        return out.getvalue().encode("utf-8", "surrogatepass")
 
 
 def family(label: str) -> str:
@@ -83,6 +83,8 @@ def render(
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+
+    from bench.text import plain
 
     style = {
         "svg.hashsalt": name,
@@ -119,9 +121,9 @@ def render(
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         paint(axes)
-        out = io.BytesIO()
+        out = io.StringIO()
         FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
-    svg = out.getvalue()
+    svg = "\n".join(map(plain, out.getvalue().split("\n"))).encode()  # XML allows no control characters
     return Drawing(name, title, note, svg, inline(svg, name, title), list(rows))
 
 

@@ -18,16 +18,19 @@ def write_finding(finding: Finding, out: Path) -> Path:
 
     The same finding gives the same bytes. Raises Error where `out` cannot be written.
     """
+    from bench.identity import slug
     from bench.report.figures import render
 
-    drawings = [render(f.name, f.title, f.note, f.rows, SIZE, f.draw) for f in finding.figures]
+    drawings = [render(slug(f.name), f.title, f.note, f.rows, SIZE, f.draw) for f in finding.figures]
     estimates = _csv(finding.estimates)
     files = {
-        "fit.json": (json.dumps(finding.record, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode(),
+        "fit.json": (json.dumps(finding.record, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode(
+            "utf-8", "replace"
+        ),
         "estimates.csv": estimates,
         **({"table.csv": _csv(finding.table)} if finding.table else {}),
         **finding.files,
-        "index.html": _page(finding, drawings, estimates).encode(),
+        "index.html": _page(finding, drawings, estimates).encode("utf-8", "replace"),
     }
     door.make_folder(out / "figures")
     for drawing in drawings:
@@ -81,11 +84,11 @@ def _csv(rows: Any) -> bytes:
 
     out = io.StringIO()
     names = list(dict.fromkeys(k for row in rows for k in row))
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(names)
+    writer = csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # a bare carriage return ends a row
+    writer.writerow(map(csv_cell, names))
     for row in rows:
         writer.writerow([csv_cell(v) if isinstance(v, str) else v for v in (row.get(k) for k in names)])
-    return out.getvalue().encode()
+    return out.getvalue().encode("utf-8", "surrogatepass")
 
 
 def _page(finding: Finding, drawings: list[Any], estimates: bytes) -> str:
@@ -101,9 +104,9 @@ def _page(finding: Finding, drawings: list[Any], estimates: bytes) -> str:
         .render(
             style=Markup(style),
             policy=policy(style, ""),
-            title=finding.title,
-            about=finding.about,
-            warnings=finding.warnings,
+            title=mask(finding.title),
+            about=mask(finding.about),
+            warnings=[mask(warning) for warning in finding.warnings],
             notes=[mask(note) for note in finding.notes],
             rows=[
                 {"quantity": e["quantity"], "value": number(e["value"]), "interval": _interval(e)}
