@@ -216,13 +216,16 @@ def _connected(address: str) -> Iterator[ModuleType]:
         with _silent(ray):
             yield ray
         return
+    where = address or os.environ.get("RAY_ADDRESS", "")
     handlers = {n: signal.getsignal(n) for n in door.ENDING}
     try:
+        host, colon, port = where.rpartition(":")
+        if colon and "/" not in host and port.isdecimal():  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address or None, log_to_driver=False, include_dashboard=False, logging_level="ERROR")
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError, ray.exceptions.RayError) as e:
-        where = address or os.environ.get("RAY_ADDRESS") or "this machine"
+    except Exception as e:  # a node that does not start in time is a bare Exception of Ray's
         raise Error(
-            f"no Ray cluster at {where}: {str(e).strip().splitlines()[0][:200]}",
+            f"no Ray cluster at {where or 'this machine'}: {' '.join(str(e).split())[:200]}",
             hint="ray start --head starts one; --ray ADDRESS names it; --ray local has its own",
         ) from None
     finally:

@@ -7,7 +7,7 @@ takes everything with it when stdin closes. Tests fork, which a process that spe
 import os
 import sys
 
-os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"})
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 if __name__ == "__main__":
     from ray.cluster_utils import Cluster
 

@@ -299,6 +299,7 @@ def cluster(nodes, megabytes):
     )
     try:
         address = process.stdout.readline().strip()
+        assert address, "the cluster did not start"
 
         def tell(word):
             process.stdin.write(word + "\n")
