@@ -83,7 +83,7 @@ def test_cards_have_one_form_and_leave_the_picture_as_it_is():
     for card in cards:
         assert card.shape == (3, 50 + 4 * LINE, CARD_WIDTH) and card.dtype == np.uint8
         assert np.array_equal(card[:, :50, :70], picture) and (card[:, :50, 70:] == 255).all()
-        assert (card[:, 50:].min(), card[0, 50:].mean() < 253) == (0, True)  # something is written
+        assert card[:, 50:].min() < 64 and card[:, 50:].mean() < 253  # something is written
     assert not np.array_equal(*cards) and with_card(np.zeros((3, 4, 400), np.uint8), "x").shape[2] == 400
 
 
