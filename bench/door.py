@@ -51,8 +51,13 @@ def _is_empty(folder: Path) -> bool:
 
 
 def settle(path: Path) -> None:
-    """Makes the name of a file that was found whole durable: who wrote it may have been killed before that."""
+    """Makes a file that was found whole durable, and its name: who wrote it may have been killed before that."""
     with _explained("write", path):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
         sync_folder(path.parent)
 
 

@@ -358,6 +358,8 @@ class Run:
         return parse_scores(path.read_bytes(), path) if path.is_file() else []
 
     def save_scores(self, scores: Sequence[Score]) -> None:
+        for path in self.sizes():  # the last record of a process that was killed was perhaps only written
+            door.settle(Path(path))
         door.replace(self.path / "scores.csv", dump_scores(scores))
 
     def complete(self) -> bool:

@@ -456,6 +456,11 @@ class Replay:
             files = dict(zip(writes, outcomes[len(names) :], strict=True))
             yield self._tree(done, files)
 
+    def least(self):
+        """The tree with nothing in it that was not made durable."""
+        names = {i: False for i, change in enumerate(self.changes) if not change.durable}
+        return self._tree(names, {(n, i): "lost" for n, f in self.inodes.items() if f for i in range(len(f.since))})
+
     def _tree(self, done, files):
         present, missing = {}, set()
         for i, change in enumerate(self.changes):

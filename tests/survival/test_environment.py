@@ -163,7 +163,7 @@ def bench(folder, *argv, prefix="", env=None, python=(), shell="{}"):
         if value is not None:
             environ[name] = value
     line = prefix + shell.format(words)
-    done = subprocess.run(["bash", "-c", line], cwd=folder, env=environ, capture_output=True, timeout=120)
+    done = subprocess.run(["bash", "-c", line], cwd=folder, env=environ, capture_output=True, timeout=600)
     return done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace")
 
 
