@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 import os
+import re
 import shlex
 import sys
 import threading
@@ -23,6 +24,8 @@ from bench.text import brief, say, secrets
 from bench.types import Error, UsageError
 
 MOST_RUNS = 10_000  # that lists in one step of a plan may ask for
+
+SENT = re.compile(r"(?:^|[?&])(url|credential)=")  # arguments of a model on another machine
 
 
 @dataclass(frozen=True)
@@ -277,7 +280,8 @@ def told(where: str) -> Iterator[None]:
 
 
 def refuse_code(plan: Mapping[str, Any], path: Path, allowed: bool) -> None:
-    """A plan from elsewhere is data: it names Python files only where the user says so, and writes only below here."""
+    """A plan from elsewhere is data: it names Python files, and servers that pictures and keys would go to, only where
+    the user says so; it writes only below here."""
     if allowed or path.resolve().is_relative_to(Path.cwd()):
         return
     written = [step["out"] for step in plan.get("train", ())] + [plan.get("how", {}).get("store", "")]
@@ -294,15 +298,22 @@ def refuse_code(plan: Mapping[str, Any], path: Path, allowed: bool) -> None:
                     f"{path} lies outside the working folder and names the Python file {name}",
                     hint="read that file, then add --allow-code",
                 )
+            sent = SENT.search(name)
+            if sent:
+                raise Error(
+                    f"{path} lies outside the working folder and names a {sent[1]}, to which pictures or keys would go",
+                    hint="read the plan, then add --allow-code",
+                )
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in a plan's step, its parameters too: a field may name a judge by its file."""
+    """Every text in a plan's step, its parameters too, alone and as name=value: a field may name a judge."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        for inner in value.values():
+        for name, inner in value.items():
             yield from _texts(inner)
+            yield from [f"{name}={inner}"] if isinstance(inner, str) else []
     elif isinstance(value, list):
         for inner in value:
             yield from _texts(inner)

@@ -290,6 +290,26 @@ def test_schemas_are_held_to_every_word_that_they_may_have():
         assert all(reading.misfit(v, schema) for v in others), schema
 
 
+@pytest.mark.parametrize(
+    "step",
+    [
+        'params = { judge = "endpoint?model=m&credential=JUDGE_CREDENTIAL&url=%s" }',
+        'params = { judge = ["mini-vqa", "endpoint?model=m&url=%s"] }',
+        'model_args = { model = "m", url = "%s" }',
+    ],
+)
+def test_a_plan_from_elsewhere_sends_nothing_to_a_server_that_it_names(tmp_path, step):
+    """Neither pictures nor the value of a variable that it names."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir(), there.mkdir()
+    with JudgeServer() as server:
+        plan = there / "plan.toml"
+        plan.write_text('[[run]]\nsuite = "noise"\nmodel = "toy"\n' + step % server.url + "\n")
+        done = command(here, "score", plan, env={"JUDGE_CREDENTIAL": "k-123456789"})
+        assert done.code == 1 and "to which pictures or keys would go" in done.err and "--allow-code" in done.err
+        assert not server.calls and "Traceback" not in done.err
+
+
 def test_it_is_an_adapter_by_name():
     from bench import registry
     from bench.config import bind
