@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,8 @@ FITTED = 6  # rows that a surface needs
 class Analysis:
     """What a table says. `fit` is None where a surface cannot be fitted, `profiles.params` where no line can be drawn.
 
-    `estimates` holds (value, low, high); bounds are None without an interval. `warnings` come first in every output.
+    `estimates` holds (value, low, high): None where there is no interval, or no finite value. `warnings` come first in
+    every output.
     """
 
     runs: Runs
@@ -39,7 +41,7 @@ class Analysis:
     bands: dict[str, Band]
     back_test: BackTest | None
     mixture: Mixture | None
-    estimates: dict[str, tuple[float, float | None, float | None]]
+    estimates: dict[str, tuple[float | None, float | None, float | None]]
     warnings: tuple[str, ...]
     kappa: float
 
@@ -103,6 +105,8 @@ def analyse(
     fit, drawn, why, bands, tested, mixed, shifted = None, None, "", {}, None, None, None
     columns = runs.params, runs.tokens, runs.loss
     try:
+        if np.ptp(runs.loss) < 1e-6 * runs.loss.min():
+            raise ValueError("all losses are the same")
         fit = fitting.fit_surface(*columns, objective=objective, form=form, weights=_weights(runs))
     except ValueError as e:
         if "not one of" in str(e):
@@ -140,6 +144,12 @@ def analyse(
     if len(np.unique(runs.budget)) == 1:
         warnings.append("one budget alone: nothing can be said of how an optimum moves with compute")
     estimates = _estimates(fit, drawn, found_profiles, drawn_profiles, shifted, at, kappa)
+    beyond = [name for name, (value, _, _) in estimates.items() if not math.isfinite(value)]
+    if fit is not None and min(fit.surface.alpha, fit.surface.beta) <= 0:  # larger is worse: the optimum is a maximum
+        beyond += [n for n in estimates if re.match(r"surface: ([ab]$|gamma$|[NDL]\*)", n) and n not in beyond]
+    if beyond:
+        warnings.append(f"not finite or of no optimum, so not given: {', '.join(beyond)}")
+        estimates |= dict.fromkeys(beyond, (None, None, None))
     warnings += _conflict(fit, drawn, found_profiles, drawn_profiles)
     power = saturating = None
     least = [(v.budget, v.loss) for v in found_profiles.vertices if not v.problem]

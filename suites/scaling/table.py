@@ -102,6 +102,7 @@ FEWEST = 4  # sizes of what is called a budget where computes are scattered
 TWIN = 0.01  # in ln N: closer rows of one budget are the same size
 FEW_VALUES = 40  # of a column of text: with more it names runs rather than kinds of them
 MOST_CELLS = 20_000_000  # what a file may hold
+WIDEST = 1e60  # beyond it, and below its inverse, products and squares leave what a float can hold
 
 
 class TableError(ValueError):
@@ -192,8 +193,8 @@ def read_rows(source: str | Path) -> list[dict[str, Any]]:
 def _from_json(text: str, path: Path) -> list[dict[str, Any]]:
     try:
         value = json.loads(text)
-    except ValueError as e:
-        raise TableError(f"{path} is no JSON: {e}") from None
+    except (ValueError, RecursionError) as e:
+        raise TableError(f"{path} is no JSON: {str(e)[:100]}") from None
     if isinstance(value, dict):
         columns = {k: list(v.values()) if isinstance(v, dict) else v for k, v in value.items()}
         lists = {k: v for k, v in columns.items() if isinstance(v, list)}
@@ -212,7 +213,7 @@ def _from_lines(text: str, path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             raise TableError(f"{path}: line {i} is no JSON object")
@@ -300,7 +301,10 @@ def number(cell: Any) -> float:
     if isinstance(cell, bool):
         raise ValueError(cell)
     if isinstance(cell, (int, float)):
-        return float(cell)
+        try:
+            return float(cell)
+        except OverflowError:  # JSON has whole numbers of any length
+            return math.inf
     text = str(cell).strip()
     if not text or text.lower() in ("nan", "na", "n/a", "null", "none", "-"):
         return math.nan
@@ -389,6 +393,8 @@ def ingest(
                 bad = f"{heading} is missing"
             elif math.isinf(v) or v <= 0:
                 bad = f"{heading} = {v:g} is not positive and finite"
+            elif not 1 / WIDEST < v < WIDEST:
+                bad = f"{heading} = {v:g} is no count and no loss"
         if bad:
             drop(i, bad)
         else:
