@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import toys
-from test_engine import outcome, run_to_the_end, the_run
+from test_engine import children, outcome, run_to_the_end, the_run
 from toys import Drawing, Painter
 
 from bench import Store, execute
@@ -213,7 +213,7 @@ def on_ray(folder, ray, *more, model=("Painter",), num=40):
     return python(folder, code, *command, "--engine", "ray", "--ray", ray, "--devices", "cpu*2", "--max-failures", "1")
 
 
-def ended(folder, process, seconds=120):
+def ended(folder, process, seconds=300):
     code = process.wait(seconds)
     return toys.Done(code, (folder / ".out").read_text(), (folder / ".err").read_text())
 
@@ -290,37 +290,42 @@ def test_two_ray_workers_give_the_records_of_one_process(tmp_path, ray_environme
 @contextlib.contextmanager
 def cluster(nodes, megabytes):
     """The address of a cluster of this machine, and a function that says what is to happen to it."""
-    process = subprocess.Popen(
-        [sys.executable, str(HERE / "ray_cluster.py"), str(nodes), str(megabytes)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
+    command = [sys.executable, str(HERE / "ray_cluster.py"), str(nodes), str(megabytes)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    for _ in range(5):  # Ray gives a node 30 s to start, which a busy machine does not always keep
+        process = subprocess.Popen(command, **pipes)
         address = process.stdout.readline().strip()
-        assert address, "the cluster did not start"
+        if address:
+            break
+        end(process)
+    assert address, "the cluster did not start"
 
-        def tell(word):
-            process.stdin.write(word + "\n")
-            process.stdin.flush()
-            return process.stdout.readline().strip()
+    def tell(word):
+        process.stdin.write(word + "\n")
+        process.stdin.flush()
+        return process.stdout.readline().strip()
 
+    try:
         yield address, tell
     finally:
         process.stdin.close()
-        try:
-            process.wait(60)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        end(process)
+
+
+def end(process):
+    """Waits a while, then kills all that is left of the session of a process."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(30)
+    for pid in children(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def lines_of(folder):
     return sum(p.read_bytes().count(b"\n") for p in folder.glob(".bench/runs/*/units.jsonl"))
 
 
-def wait_for_lines(folder, count, process, seconds=90):
+def wait_for_lines(folder, count, process, seconds=300):
     deadline = time.monotonic() + seconds
     while lines_of(folder) < count:
         assert process.poll() is None and time.monotonic() < deadline, (folder / ".err").read_text()
@@ -329,16 +334,16 @@ def wait_for_lines(folder, count, process, seconds=90):
 
 @needs_ray
 @pytest.mark.full
-def test_actors_raylets_and_drivers_that_die(tmp_path, ray_environment, tally):
-    """Five of each: an actor is killed by what it draws, the raylet under an actor is killed, the driver is killed."""
+def test_actors_drivers_and_raylets_that_die(tmp_path, ray_environment, tally, size):
+    """Five of each: an actor is killed by what it draws, the driver is killed, the raylet under an actor is killed."""
     expected = whole(in_one_process(tmp_path / "one", 40))
     seed = 0
     print("seed", seed)
     rng = random.Random(seed)
     passed = fired = 0
     with cluster(2, 80) as (address, tell):
-        for i in range(15):
-            kind, folder = ("actor", "driver", "raylet")[i // 5], tmp_path / str(i)
+        for i, kind in enumerate(k for k in ("actor", "driver", "raylet") for _ in range(size(5, 1))):
+            folder = tmp_path / str(i)
             folder.mkdir()
             if kind == "actor":
                 (folder / "marks").mkdir()
@@ -366,7 +371,7 @@ def test_actors_raylets_and_drivers_that_die(tmp_path, ray_environment, tally):
             passed += done.code == 0 and found == expected
             print(i, kind, done.code, found == expected)
     tally("workers lost on Ray", passed, fired, false=fired - passed)
-    assert passed == fired == 15
+    assert passed == fired == 3 * size(5, 1)
 
 
 BIG = f"""
@@ -386,10 +391,10 @@ execute(Drawing(num=int(num), chunk=int(chunk)), {TOYS!r} + ":Large", engine=eng
 
 @needs_ray
 @pytest.mark.full
-def test_blobs_that_overflow_the_object_store_arrive(tmp_path, ray_environment, tally):
+def test_blobs_that_overflow_the_object_store_arrive(tmp_path, ray_environment, tally, size):
     """Units of 28 to 140 MB of pictures, two at a time, through stores of 80 MB."""
     passed = 0
-    sizes = [2, 4, 6, 8, 10]
+    sizes = [8, 2, 4, 6, 10][: size(5, 1)]
     with cluster(2, 80) as (address, _):
         for chunk in sizes:
             store = tmp_path / str(chunk)
