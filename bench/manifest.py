@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import textwrap
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -330,9 +331,10 @@ def lock(name: str, data_root: Path | None = None) -> Path:
             height, width = images.read(data, name=str(file)).shape[:2]
             row.update(sha256=digest(data), width=str(width), height=str(height))
     fields = {"digest": f'"sha256:{content_digest(header, rows)}"', "locked": "true"}
+    text = _set_fields(read_text(path), fields)
     folder = _own_folder(path)
     door.replace(folder / items.name, _csv_bytes(rows))
-    door.replace(folder / path.name, _set_fields(read_text(path), fields).encode())
+    door.replace(folder / path.name, text.encode())
     return folder / path.name
 
 
@@ -605,10 +607,19 @@ def _set_fields(text: str, values: Mapping[str, str]) -> str:
     head, table, tail = re.match(r"(.*?)((?:^\[)|\Z)(.*)", text, re.S | re.M).groups()
     for key, value in values.items():
         line = f"{key} = {value}"
-        head, count = re.subn(rf"(?m)^{key}\s*=.*$", lambda _, line=line: line, head, count=1)
+        head, count = re.subn(rf"(?m)^([\"']?){key}\1[ \t]*=.*$", lambda _, line=line: line, head, count=1)
         if not count:
             head = head.rstrip("\n") + f"\n{line}\n" + ("\n" if table else "")
-    return head + table + tail
+    changed = head + table + tail
+    expected = {**tomllib.loads(text), **tomllib.loads("\n".join(f"{k} = {v}" for k, v in values.items()))}
+    try:
+        found = tomllib.loads(changed)
+    except ValueError:
+        found = {}
+    if found != expected:  # fields where this does not look for them, as behind a text of several lines
+        lines = "; ".join(f"{k} = {v}" for k, v in values.items())
+        raise Error(f"the manifest has {', '.join(values)} where they cannot be replaced", hint=f"write there: {lines}")
+    return changed
 
 
 def _csv_bytes(rows: Sequence[Mapping[str, str]]) -> bytes:

@@ -316,3 +316,27 @@ def test_what_a_plan_from_elsewhere_names_is_refused_before_it_runs(tmp_path):
         assert done.code == 1 and "writes to" in done.err and "Traceback" not in done.err, (name, done.err)
     command(here, "score", "../there/suite.toml", "--allow-code")
     assert marker.exists()  # so the file was live
+
+
+@pytest.mark.parametrize("written", ["locked = false", '"locked" = false', "'locked'=false", "text", "table"])
+def test_a_lock_changes_its_own_fields_alone_or_nothing(place, written):
+    """However the field is spelt; not in a text that only looks like it; of an inline table, or below one."""
+    path = place / "data_manifests/odd.toml"
+    head = 'kind = "prompts"\nsource = "s"\nlicense = "l"\nredistribute = true\n'
+    if written == "text":
+        text = head + 'manual = """\nlocked = false\n"""\nlocked = false\n'
+    elif written == "table":
+        text = head + "locked = false\n[[fetch]]\nurl = 'https://e.org'\nfile = 'locked = false'\n"
+    else:
+        text = head + written + "\n"
+    path.write_text(text)
+    (place / "data_manifests/odd.items.csv").write_text("id,text\na,one\n")
+    if written == "text":
+        with pytest.raises(Error, match="cannot be replaced"):
+            manifest.lock("odd")
+        assert path.read_text() == text
+        return
+    before = manifest_format.read_header(path)
+    manifest.lock("odd")
+    after = manifest_format.read_header(path)
+    assert {**after, "locked": False} == {**before, "digest": after["digest"]} and after["locked"]
