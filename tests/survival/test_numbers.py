@@ -1,5 +1,6 @@
 """Numbers: outputs that no score may come from, metrics on inputs that break peers, seeds that nothing may move."""
 
+import hashlib
 import json
 import os
 import random
@@ -438,12 +439,15 @@ class Reseeding(Painter):
 
 
 HASHED = """
-import sys
-sys.path[:0] = [{tests!r}, {root!r}]
-from test_numbers import Drawing, Painter, go, outcome
-import hashlib
-run = go(Drawing(num=24, chunk=4), Painter(), sys.argv[1], identity={{"name": "painter"}})
-print(hashlib.sha256(repr(outcome(run)).encode()).hexdigest())
+import hashlib, sys
+sys.path.insert(0, {tests!r})
+from toys import Drawing, Painter
+from bench import Store, execute
+from bench.config import How
+run = execute(Drawing(num=24, chunk=4), Painter(), store=Store(sys.argv[1]), identity={{"name": "painter"}},
+              how=How(devices="cpu", threads=1))
+records = {{k: (r.rows, dict(r.blobs)) for k, r in run.records().items()}}
+print(hashlib.sha256(repr((records, (run.path / "scores.csv").read_bytes())).encode()).hexdigest())
 """
 
 
@@ -484,11 +488,12 @@ def test_nothing_moves_a_seed(tmp_path, tally):
     undisturbed = go(Drawing(num=24, chunk=4), Painter(), tmp_path / "undisturbed", identity=name)
     same["two processes"] = rows == [(r["item"], r["mean"]) for r in undisturbed.table().rows]
     here = Path(__file__).resolve()
-    code = HASHED.format(tests=str(here.parent.parent), root=str(here.parent))
-    digests = set()
+    code = HASHED.format(tests=str(here.parents[1]))
+    digests = {hashlib.sha256(repr(expected).encode()).hexdigest()}
     for value in ("0", "1", "random"):
         done = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / f"hash{value}")],
+            cwd=here.parents[2],
             env={**os.environ, "PYTHONHASHSEED": value},
             capture_output=True,
             text=True,
