@@ -192,10 +192,11 @@ def apart(num: int, together: int, place: str | None) -> dict[str, float]:
 def limits(many: dict[str, float], single: dict[str, float]) -> str:
     """What gives out first, from what was measured."""
     each = many["peak_mb"] / MANY / 1000  # GB
+    rate = single["wall_rate"]
     return (
-        f"The first to give out is a disk to whose fsync records come one by one: {single['wall_rate']:.0f} a second here, "
-        f"so {WORKERS:,} workers whose units take less than {WORKERS / single['wall_rate']:.0f} s begin to wait, and then "
-        f"share one. The next is memory while scores are reduced: 16 GB hold about {16 / each / 1e6:.0f} million units."
+        f"The first to give out is a disk to whose fsync records come one by one: {rate:.0f} a second here, so "
+        f"{WORKERS:,} workers whose units take less than {WORKERS / rate:.0f} s begin to wait, and then share one. "
+        f"The next is memory while scores are reduced: 16 GB hold about {16 / each / 1e6:.0f} million units."
     )
 
 
