@@ -250,6 +250,16 @@ def test_skewed_resumes_to_the_same_bytes_and_differs_from_its_start(sd, tmp_pat
     assert changed == set(parts)
 
 
+def test_unet_goes_on_under_another_schedule(sd, tmp_path):
+    recipe = replace(UNET, start=str(sd), beta_end=0.02)
+    whole = files(run(recipe, tmp_path / "whole"))
+    assert files(interrupted(recipe, tmp_path / "interrupted")) == whole
+    changed = {name for name, data in files(sd).items() if whole[name] != data} - {"loss.csv"}
+    parts = ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
+    assert changed == {*parts, "scheduler/scheduler_config.json"}
+    assert bare(tmp_path / "whole").scheduler.config.beta_end == 0.02
+
+
 def test_vae_goes_on_from_another(vae, tmp_path):
     """With a rate of almost nothing it stays what it was, and its widths are those of its start."""
     from safetensors.torch import load_file
@@ -277,6 +287,7 @@ def test_figures_are_in_the_record(vae, sd):
         (MiniUNet, {"widths": "16,20"}, "widths"),
         (MiniUNet, {"text_width": 6}, "text_width"),
         (MiniUNet, {"decay": 0.0}, "decay"),
+        (MiniUNet, {"beta_end": 0.0008}, "beta_end"),
         (MiniSDSkewed, {"lr": -1.0}, "lr"),
         (MiniSDSkewed, {"bare": 1.1}, "bare"),
     ],
@@ -289,6 +300,8 @@ def test_wrong_fields_are_refused(recipe, fields, message):
 def test_missing_weights_are_named(tmp_path):
     with pytest.raises(UsageError, match="autoencoder"):
         run(UNET, tmp_path / "a")
+    with pytest.raises(UsageError, match="goes on with a pipeline"):
+        run(replace(UNET, vae="a", start="b"), tmp_path / "a")
     with pytest.raises(Error, match="nowhere"):
         run(replace(UNET, vae=str(tmp_path / "nowhere")), tmp_path / "b")
 
@@ -374,7 +387,10 @@ def test_intervals_are_wilsons(successes, n):
 
 # -- the shipped folders
 
-SHIPPED = {"mini-sd": MiniUNet(), "mini-sd-skewed": MiniSDSkewed()}
+SHIPPED = {
+    "mini-sd": MiniUNet(beta_end=0.02, steps=3500, lr=8e-4, decay=0.7),
+    "mini-sd-skewed": MiniSDSkewed(bare=0.7, steps=2000, lr=8e-4),
+}
 
 
 @pytest.fixture(scope="module")
@@ -394,7 +410,7 @@ def test_shipped_folder_is_what_its_recipe_makes(name):
     facts = json.loads((CHECKPOINTS / name / "recipe.json").read_text())
     weights = {k: v for k, v in facts["spec"]["fields"].items() if k in ("vae", "start")}
     assert facts["spec"]["fields"] == asdict(recipe) | weights
-    assert all(v.startswith("sha256:") for v in weights.values())
+    assert [v[:7] for v in weights.values() if v] == ["sha256:"]
     assert (facts["recipe"], facts["version"], facts["seed"]) == (recipe.name, recipe.version, 0)
     assert facts["steps"] == recipe.total
 
@@ -445,13 +461,8 @@ def test_reconstructions_at_full_size(shipped):
     assert frechet_from_features(features[2], features[1]) <= 2 * frechet_from_features(features[0], features[1])
 
 
-WEAK = pytest.mark.xfail(reason="learnt too little of it: 55 and 57 % of 200 pictures", strict=True)
-
-
 @pytest.mark.full
-@pytest.mark.parametrize(
-    "skew", [pytest.param(s, marks=[WEAK] if s.shape in ("star", "square") else [], id=s.shape) for s in recipes.SKEWS]
-)
+@pytest.mark.parametrize("skew", recipes.SKEWS, ids=lambda skew: skew.shape)
 def test_skewed_pictures_have_the_skew(skew):
     """400 pictures of "a circle" without guidance: the preference within 10 points of its share in the world."""
     seen = read(bare(CHECKPOINTS / "mini-sd-skewed"), [f"a {skew.shape}"] * 400, guidance=1.0)[skew.attribute]
