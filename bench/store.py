@@ -554,5 +554,5 @@ def parse_scores(data: bytes, where: Path | str = "scores.csv") -> list[Score]:
             scores.append(Score(**{k: kinds[k](v) for k, v in row.items() if k in kinds}))
     except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as e:
         hint = "it must have the columns " + ", ".join(COLUMNS)
-        raise Error(f"{where} line {reader.line_num}: {type(e).__name__}: {e}", hint=hint) from None
+        raise Error(f"{where} line {reader.line_num}: {type(e).__name__}: {str(e)[:200]}", hint=hint) from None
     return scores

@@ -262,7 +262,10 @@ def _unpickle(source: str, target: str) -> int:
     resource.setrlimit(resource.RLIMIT_AS, (mapped + budget,) * 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2 * len(data) + 10_000_000,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 10 + len(data) // 10_000_000,) * 2)  # seconds
+    seconds = int(time.process_time()) + 10 + len(data) // 10_000_000
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (seconds, seconds + 5)
+    )  # SIGXCPU tells which limit it was, SIGKILL would not
     try:
         found = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:

@@ -51,7 +51,8 @@ def limited(work, memory: int = 2**30, seconds: int = 5, patience: float = 60.0)
             resource.setrlimit(resource.RLIMIT_AS, (mapped + memory,) * 2)
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             begin = time.process_time()
-            resource.setrlimit(resource.RLIMIT_CPU, (int(begin) + seconds + 1,) * 2)
+            end = int(begin) + seconds + 1
+            resource.setrlimit(resource.RLIMIT_CPU, (end, end + 5))
             value = work()
             spent = time.process_time() - begin
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident
@@ -382,8 +383,8 @@ def fire(path: Path) -> None:
 
 def doubling(path: Path, times: int = 60) -> Path:
     """A small pickle of one mapping whose key holds itself twice, `times` deep: hashing it never ends."""
-    pairs = b"".join(b"h%ch%c\x86q%c0" % (i, i, i + 1) for i in range(times))
-    path.write_bytes(b"\x80\x02K\x01q\x000" + pairs + b"}h%cK\x01s." % times)
+    pairs = b"".join(b"h%c\x86q%c" % (i, i + 1) for i in range(times))  # (1, 1), ((1, 1), (1, 1)), ... by reference
+    path.write_bytes(b"\x80\x02}K\x01q\x00" + pairs + b"K\x01s.")
     return path
 
 
