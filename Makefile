@@ -12,7 +12,7 @@ STAMP := .venv/.stamp
 
 demo: setup
 	@.venv/bin/bench demo
-	@.venv/bin/bench fit reports/scaling/isoflop-mini.csv --kappa 6.9
+	@.venv/bin/bench fit reports/scaling/isoflop-mini.csv
 
 test: setup
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
