@@ -29,6 +29,7 @@ TIMEOUT = 30.0  # seconds without a byte
 WINDOW = 60.0  # seconds in which a server must send at least WINDOW * LEAST_RATE bytes
 LEAST_RATE = 1024  # bytes per second
 LARGEST = 500 * 10**9  # bytes of a download whose size nobody declared
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
 PIECE = 4 * 2**20  # bytes between two syncs
 
 
@@ -191,7 +192,11 @@ def _address(host: str, port: int, loopback: bool) -> str:
     found = [info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     for text in found:
         address = ipaddress.ip_address(text.partition("%")[0])
-        address = getattr(address, "ipv4_mapped", None) or address
+        if address.version == 6:  # addresses that carry another one: mapped, 6to4, and of a NAT64 gateway
+            inner = address.ipv4_mapped or address.sixtofour
+            if address in NAT64:
+                inner = ipaddress.ip_address(int(address) % 2**32)
+            address = inner or address
         if not ((address.is_global and not address.is_multicast) or (loopback and address.is_loopback)):
             raise Error(f"{host} is at {text}, which is not a public address; nothing was fetched")
     return found[0]

@@ -409,7 +409,7 @@ def ingest(
     derived = ""
     if len(have) == 2:
         derived = next(n for n in ("params", "tokens", "flops") if n not in have)
-        with np.errstate(invalid="ignore", divide="ignore"):
+        with np.errstate(all="ignore"):  # of rows that were dropped, too
             if derived == "flops":
                 values["flops"] = kappa * values["params"] * values["tokens"]
             else:

@@ -195,7 +195,7 @@ def test_random_tables_give_finite_numbers_or_reasons(tally, size, tmp_path, fit
     """All through reading, cleaning and the isoFLOP profiles; some through every fit."""
     print("seed", SEED)
     rng, path = random.Random(SEED), tmp_path / "t.csv"
-    count, whole = size(2000, 300), size(20, 75)
+    count, whole = size(2000, 300), size(40, 75)
     bad, used, fitted = [], 0, 0
     for i in range(count):
         data = random_table(rng)

@@ -31,6 +31,7 @@ ELSEWHERE = [
     "http://[fc00::1]/x",
     "http://[::ffff:10.0.0.1]/x",
     "http://[64:ff9b::a00:1]/x",
+    "http://[2002:a00:1::]/x",
     "http://224.0.0.1/x",
     "http://0x0a000001/x",
     "http:///x",
