@@ -121,10 +121,30 @@ def render(
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         paint(axes)
+        _make_plain(figure)
         out = io.StringIO()
         FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
     svg = "\n".join(map(plain, out.getvalue().split("\n"))).encode()  # XML allows no control characters
     return Drawing(name, title, note, svg, inline(svg, name, title), list(rows))
+
+
+def _make_plain(figure: Any) -> None:
+    """Texts of a drawing without half characters, on which matplotlib fails; tick labels are made while it draws."""
+    from matplotlib.text import Text
+
+    from bench.text import plain
+
+    def whole(text: str) -> str:
+        return "\n".join(map(plain, text.split("\n")))
+
+    def labels(make: Callable[[Any], list[str]]) -> Callable[[Any], list[str]]:
+        return lambda values: [whole(label) for label in make(values)]
+
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        formatter = axis.get_major_formatter()
+        formatter.format_ticks = labels(formatter.format_ticks)
+    for text in figure.findobj(Text):
+        text.set_text(whole(text.get_text()))
 
 
 def inline(svg: bytes, name: str, title: str) -> str:
