@@ -16,6 +16,7 @@ import numpy as np
 GRID = np.concatenate([np.geomspace(0.02, 0.1, 8, endpoint=False), np.linspace(0.1, 1.5, 24)])  # of alpha, of beta
 CHUNK = 500  # rows of a batch that are worked on together
 LIMIT = 200  # iterations
+LONGEST = 3.0  # step of a parameter in one iteration
 SETTLED = 1e-11  # relative decrease below which a step counts as the last
 WIDE = (np.inf, 0.03)  # Huber thresholds on the way to the asked one
 WIDE_STEPS = 4  # iterations at each of them
@@ -230,8 +231,7 @@ def _polish(theta: np.ndarray, data: Data, weights: np.ndarray, loss: Loss, form
         scaled = hessian / (scale[:, :, None] * scale[:, None, :]) + (damp[:, None, None] + 1e-15) * np.eye(p)
         with np.errstate(over="ignore", invalid="ignore"):  # no curvature at all: the trial fails, the blend recovers
             move = np.nan_to_num(-np.linalg.solve(scaled, (gradient / scale)[..., None])[..., 0] / scale)
-        longest = np.abs(move).max(1, keepdims=True)
-        move *= np.minimum(1.0, 3.0 / np.maximum(longest, 1e-300))
+        move = np.clip(move, -LONGEST, LONGEST)  # each alone: a floor on its way to zero does not hold up the others
         trial = theta + move @ form.free.T
         trial[:, 3:] = np.clip(trial[:, 3:], *EXPONENT)
         trial[:, :3] = np.maximum(trial[:, :3], GONE)

@@ -102,7 +102,7 @@ FEWEST = 4  # sizes of what is called a budget where computes are scattered
 TWIN = 0.01  # in ln N: closer rows of one budget are the same size
 FEW_VALUES = 40  # of a column of text: with more it names runs rather than kinds of them
 MOST_CELLS = 20_000_000  # what a file may hold
-WIDEST = 1e60  # beyond it, and below its inverse, products and squares leave what a float can hold
+LARGEST = 1e60  # beyond it, and below its inverse, products and squares leave what a float can hold
 
 
 class TableError(ValueError):
@@ -393,7 +393,7 @@ def ingest(
                 bad = f"{heading} is missing"
             elif math.isinf(v) or v <= 0:
                 bad = f"{heading} = {v:g} is not positive and finite"
-            elif not 1 / WIDEST < v < WIDEST:
+            elif not 1 / LARGEST < v < LARGEST:
                 bad = f"{heading} = {v:g} is no count and no loss"
         if bad:
             drop(i, bad)
