@@ -346,7 +346,10 @@ def test_geneval_asks_the_detector_and_means_the_tasks(tmp_path, monkeypatch):
         "color_attr": 0,
     }
     assert found["geneval"].value == pytest.approx(4 / 6) and found["geneval"].n == 12 and found["geneval"].complete
-    assert found["geneval.counting"].n == 2 and found["geneval.counting"].note == "1 prompts"
+    assert (
+        found["geneval.counting"].n == 2
+        and found["geneval.counting"].note == "1 prompts; 12 pictures are one flat colour"
+    )
     faults = run.table().where("tag", "color_attr").column("geneval.fault")
     assert faults == ["cat is red, not blue"] * 2
     assert not any(row["side"] == "reference" for row in run.table().rows)
