@@ -110,3 +110,48 @@ def test_upside_down_curves_are_named(tmp_path, capsys):
     assert run(source, "--out", tmp_path / "out", "--resamples", 50) == 0
     err = capsys.readouterr().err
     assert err.count("the curve opens downwards") == 5 and "no law can be drawn" in err
+
+
+def sampled(path: Path, runs: int = 12, **other) -> Path:
+    """Checkpoints whose FID follows the loss at guidance 1 and chance at 5."""
+    rng = np.random.default_rng(0)
+    lines = ["run,cfg,val_loss,flops,fid,n_gen,extractor"]
+    for r in range(runs):
+        loss = 1 + 0.1 * r + 0.01 * rng.standard_normal()
+        for w, noise in ((1.0, 0.01), (2.0, 0.05), (3.0, 0.5), (5.0, 5.0)):
+            fid = math.exp(2 + loss + noise * rng.standard_normal() + 0.1 * math.log(w / 2) ** 2)
+            lines.append(f"r{r},{w},{loss},{1e18 / loss**8:.6g},{fid},10000,{other.get('extractor', 'inception')}")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_loss_and_fid_by_guidance(tmp_path, capsys):
+    from scipy.stats import spearmanr
+
+    source = sampled(tmp_path / "sampled.csv")
+    assert run(source, "--law", "loss-fid", "--resamples", 500, "--out", tmp_path / "out", "--json") == 0
+    found = json.loads(capsys.readouterr().out)["rows"][0]
+    rows = [line.split(",") for line in source.read_text().splitlines()[1:]]
+    for w in (1.0, 5.0):
+        own = [(float(r[2]), float(r[4])) for r in rows if float(r[1]) == w]
+        expected = spearmanr(*zip(*own, strict=True)).statistic
+        assert found["estimates"][f"guidance {w:g}: spearman"]["value"] == pytest.approx(expected, abs=1e-12)
+    assert found["estimates"]["guidance 1: spearman"]["low"] > 0.9
+    assert found["estimates"]["largest guidance at which the loss is a guide"]["value"] < 5
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert page.count("<svg") == 2 and "above guidance" in page
+
+
+def test_a_table_of_sampled_checkpoints_that_cannot_be_used(tmp_path, capsys):
+    source = sampled(tmp_path / "sampled.csv")
+    text = source.read_text()
+    for broken, says in (
+        (text.replace("cfg,", "how,"), "no column is guidance"),
+        (text.replace("inception", "clip", 3), "several networks"),
+        (text.replace(",10000,", ",5000,", 1), "not comparable"),
+        (text + text.splitlines()[1] + "\n", "one checkpoint"),
+    ):
+        source.write_text(broken)
+        assert run(source, "--law", "loss-fid", "--out", tmp_path / "out") == 1
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Figures of an analysis as data: (name, title, note, rows, draw), where draw(axes) paints with matplotlib."""
+"""Figures of what was found as data: (name, title, note, rows, draw), where draw(axes) paints with matplotlib."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from suites.scaling.analysis import Analysis
 from suites.scaling.published import LAWS
+from suites.shared.correlation import Correlations, Scores
 
 COLOURS = ("#2f6db5", "#cf5c36", "#2c8c69", "#9a4f96", "#b5851d", "#5b7386", "#bd3f54", "#6a62b7")
 INK, MUTED, LINE = "#1b1f24", "#667080", "#d5dae1"
@@ -257,3 +258,51 @@ def _power(value: float) -> str:
     mantissa, exponent = f"{value:.0e}".split("e")
     power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return power if mantissa == "1" else f"{mantissa}·{power}"
+
+
+def agreement(found: Correlations) -> Drawn:
+    """Rank agreement of loss and FID at each guidance scale."""
+    shown = ("spearman", "kendall", "partial")
+    rows = [
+        {"guidance": w, "statistic": name, "value": s[name].value, "low": s[name].low, "high": s[name].high}
+        for w, s in zip(found.guidance, found.statistics, strict=True)
+        for name in shown
+    ]
+
+    def draw(axes: Any) -> None:
+        for i, name in enumerate(shown):
+            own = [r for r in rows if r["statistic"] == name]
+            w = np.array([r["guidance"] for r in own]) * 1.02 ** (i - 1)  # side by side
+            y, low, high = (np.array([r[k] for r in own], float) for k in ("value", "low", "high"))
+            axes.plot(w, y, "o-", color=COLOURS[i], markersize=3.5, linewidth=1, label=name)
+            axes.vlines(w, low, high, color=COLOURS[i], linewidth=1)
+        axes.axhline(0.0, color=INK, linewidth=0.6)
+        axes.set_xscale("log")
+        axes.set_xticks(found.guidance, [f"{w:g}" for w in found.guidance])
+        axes.minorticks_off()
+        axes.set_xlabel("guidance scale")
+        axes.set_ylabel("correlation of loss and ln FID")
+        axes.legend(frameon=False, fontsize=7)
+
+    note = "1: the lower loss always has the better pictures. Lines up and down: 95 %, runs drawn whole."
+    return Drawn("agreement", "Does the loss tell how good pictures are?", note, rows, draw)
+
+
+def loss_against_value(s: Scores, name: str) -> Drawn:
+    """FID against loss, a colour for each guidance scale."""
+    rows = [
+        {"run": s.names[r], "guidance": float(w), "loss": float(x), "value": float(y)}
+        for r, w, x, y in zip(s.run, s.guidance, s.loss, s.value, strict=True)
+    ]
+
+    def draw(axes: Any) -> None:
+        for i, w in enumerate(np.unique(s.guidance)):
+            at = s.guidance == w
+            colour = COLOURS[i % len(COLOURS)]
+            axes.plot(s.loss[at], s.value[at], "o", color=colour, markersize=3, alpha=0.8, label=f"{w:g}")
+        axes.set_yscale("log")
+        axes.set_xlabel("loss")
+        axes.set_ylabel(name)
+        axes.legend(title="guidance", frameon=False, fontsize=7, title_fontsize=7)
+
+    return Drawn("loss-against-value", f"{name} against loss", "One point for each checkpoint and scale.", rows, draw)

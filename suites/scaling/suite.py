@@ -1,4 +1,4 @@
-"""Scaling laws: the suite that trains one design at a grid of sizes and budgets, and what `bench fit` offers."""
+"""Scaling laws: the suite that trains one design at a grid of sizes and budgets, and the laws of `bench fit`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,16 @@ from bench.capabilities import Scalable
 from bench.suite import Suite
 from bench.types import Error, Estimate, Figure, Finding, Table, Unit, UsageError, Weights
 
+SAMPLED = {  # headings of a table of sampled checkpoints, as in suites.scaling.table.NAMES
+    "run_id": ("runid", "run", "runname", "name", "checkpoint", "model"),
+    "guidance": ("guidance", "cfg", "cfgscale", "guidancescale", "w"),
+    "loss": ("loss", "valloss", "validationloss", "evalloss", "testloss"),
+    "flops": ("flops", "c", "compute", "trainingflops", "trainflops"),
+    "value": ("fid", "fd", "frechet", "kid", "cmmd", "fvd", "distance", "value"),
+    "budget": ("budget",),
+    "n_gen": ("ngen", "numgen", "numgenerated", "samples"),
+    "extractor": ("extractor", "network", "features"),
+}
 COLUMNS = ("params", "tokens", "flops", "loss", "budget", "run_id", "lr", "loss_sd", "condition", "is_final")
 
 
@@ -253,3 +263,101 @@ def _resamples(found: Any) -> bytes:
     names = np.array(["E", "A", "B", "alpha", "beta"])
     np.savez(out, surfaces=found.resamples.surfaces, columns=names, profile_exponents=found.profile_exponents)
     return out.getvalue()
+
+
+class LossFid:
+    """The law `loss-fid`: does a training loss tell how good pictures are, at each guidance scale?"""
+
+    about = "rank agreement of loss and FID at each guidance scale, and the best scale along compute"
+
+    def options(self, verb: ArgumentParser) -> None:
+        columns = verb.add_argument_group("columns, where their headings are not recognised")
+        for name in SAMPLED:
+            columns.add_argument(f"--{name.replace('_', '-')}", metavar="COLUMN", dest=f"column_{name}")
+        verb.add_argument("--resamples", type=int, default=4000, metavar="N", help="draws of whole runs (4,000)")
+        verb.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (0)")
+
+    def __call__(self, rows: Path | Sequence[Mapping[str, Any]], source: str, args: Namespace) -> Finding:
+        """Rows are checkpoints sampled at one guidance scale each. Raises Error for a table that cannot be used."""
+        from suites.scaling import figures
+        from suites.scaling.table import TableError, number, read_rows, recognise
+        from suites.shared import correlation
+
+        if args.resamples < 100:
+            raise UsageError(f"--resamples {args.resamples} must be 100 or more")
+        named = {name: v for name in SAMPLED if (v := getattr(args, f"column_{name}")) is not None}
+        try:
+            table = read_rows(rows) if isinstance(rows, Path) else rows
+            known = recognise(dict.fromkeys(h for row in table for h in row), named, SAMPLED)
+            if missing := [n for n in ("run_id", "guidance", "loss", "flops", "value") if n not in known]:
+                raise TableError(f"no column is {missing[0]}; name it with --{missing[0].replace('_', '-')} COLUMN")
+            text = {n: [str(row.get(h, "")) for row in table] for n, (h, _) in known.items()}
+            numbers = {
+                n: [number(row.get(known[n][0])) * known[n][1] for row in table]
+                for n in ("guidance", "loss", "flops", "value", "budget")
+                if n in known
+            }
+            found = correlation.scores(
+                text["run_id"],
+                **numbers,
+                n_gen=text.get("n_gen", "not said"),
+                extractor=text.get("extractor", "not said"),
+            )
+            agreed = correlation.correlations(found, count=args.resamples, seed=args.seed)
+        except ValueError as e:
+            raise Error(f"{source}: {e}") from None
+        best = correlation.best_guidance(found)
+        warnings = [
+            f"no column says {what}: it must be the same for all rows"
+            for what in ("n_gen", "extractor")
+            if what not in known
+        ]
+        if min(agreed.runs) < correlation.LEAST_RUNS:
+            warnings.append(f"{min(agreed.runs)} runs at a scale: below {correlation.LEAST_RUNS} there is no interval")
+        if agreed.trusted < max(agreed.guidance):
+            warnings.append(
+                f"above guidance {agreed.trusted:g} the loss orders pictures worse than at {agreed.guidance[0]:g}, "
+                f"by more than {correlation.MARGIN:g} of Spearman's rho"
+            )
+        estimates = [
+            {"quantity": f"guidance {w:g}: {name}", **_bounded(statistics[name])}
+            for w, statistics in zip(agreed.guidance, agreed.statistics, strict=True)
+            for name in statistics
+        ]
+        estimates.append({"quantity": "largest guidance at which the loss is a guide", **_bounded((agreed.trusted,))})
+        if sum(not b.problem for b in best) >= 3:
+            law = correlation.guidance_law(best, count=args.resamples, seed=args.seed)
+            estimates.append({"quantity": "best guidance ~ C^p: p", **_bounded(law.exponent)})
+        drawn = [figures.agreement(agreed), figures.loss_against_value(found, known["value"][0])]
+        return Finding(
+            title=f"Loss and {known['value'][0]} of {source}",
+            about=f"{len(table)} values of {len(found.names)} runs at {len(agreed.guidance)} guidance scales; "
+            f"correlations of the loss with ln {known['value'][0]}, runs drawn whole.",
+            estimates=estimates,
+            warnings=warnings,
+            notes=(
+                *(f"{name} read from {heading!r}" for name, (heading, _) in known.items()),
+                "partial: Spearman's given ln C; within budget: Kendall's over pairs of one budget",
+                *(f"no best guidance for {b.run} at {b.flops:.3g} FLOPs: {b.problem}" for b in best if b.problem),
+            ),
+            figures=[Figure(one.name, one.title, one.rows, one.draw, one.note) for one in drawn],
+            record={
+                "guidance": list(agreed.guidance),
+                "runs": list(agreed.runs),
+                "rows": list(agreed.rows),
+                "estimates": {e["quantity"]: {k: e[k] for k in ("value", "low", "high")} for e in estimates},
+                "differences": [vars(c) for c in agreed.comparisons],
+                "best_guidance": [
+                    {"run": b.run, "flops": b.flops, **_bounded(b.guidance), "fid": b.value, "problem": b.problem}
+                    for b in best
+                    if not b.problem
+                ],
+                "warnings": warnings,
+            },
+        )
+
+
+def _bounded(interval: Sequence[float]) -> dict[str, float | None]:
+    """Value, low and high; what is not finite is null."""
+    value, low, high = (*interval, float("nan"), float("nan"))[:3]
+    return {k: float(v) if np.isfinite(v) else None for k, v in (("value", value), ("low", low), ("high", high))}

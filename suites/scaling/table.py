@@ -259,22 +259,24 @@ def _split_unit(heading: str) -> tuple[str, float]:
     return heading, 1.0
 
 
-def recognise(headings: Iterable[str], named: Mapping[str, str] | None = None) -> dict[str, tuple[str, float]]:
+def recognise(
+    headings: Iterable[str], named: Mapping[str, str] | None = None, names: Mapping[str, tuple[str, ...]] = NAMES
+) -> dict[str, tuple[str, float]]:
     """Which heading holds what, and in which unit: {"params": ("params_M", 1e6)}.
 
-    `named` maps a name of NAMES to a heading and wins. Otherwise the heading whose last path component is the best
-    name that NAMES lists. Raises TableError where a named heading is absent or two headings fit equally well.
+    `named` maps a name of `names` to a heading and wins. Otherwise the heading whose last path component is the best
+    name that `names` lists. Raises TableError where a named heading is absent or two headings fit equally well.
     """
     headings = list(headings)
     found: dict[str, tuple[str, float]] = {}
     for name, heading in (named or {}).items():
-        if name not in NAMES:
-            raise TableError(f"{name!r} is no column of a table of trainings: {', '.join(NAMES)}")
+        if name not in names:
+            raise TableError(f"{name!r} is no column of such a table: {', '.join(names)}")
         if heading not in headings:
             raise TableError(f"there is no column {heading!r}; the columns are {', '.join(headings)}")
         found[name] = (heading, _split_unit(heading)[1])
     taken = {heading for heading, _ in found.values()}
-    for name, accepted in NAMES.items():
+    for name, accepted in names.items():
         if name in found:
             continue
         ranked = []
