@@ -161,7 +161,7 @@ NESTED = {"select": Select, "rank": Rank, "gallery": Gallery, "column": [Column]
 def _build(kind: type, value: Any, where: str, given: tuple[str, ...] = ()) -> Any:
     """A dataclass from a TOML table: unknown keys, missing keys and wrong types are errors."""
     if not isinstance(value, Mapping):
-        raise Error(f"{where}: must be a table, not {brief(value)!r}")
+        raise Error(f"{where}: must be a table, not {brief(repr(value))}")
     known = {f.name: f for f in fields(kind)}
     for key in value:
         if key not in known:
@@ -192,6 +192,6 @@ def _convert(name: str, kind: str, value: Any, where: str) -> Any:
     expected = {"str": str, "bool": bool}.get(kind, int)
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
         raise Error(
-            f"{where}: {name} = {brief(value)!r} must be {'a string' if expected is str else expected.__name__}"
+            f"{where}: {name} = {brief(repr(value))} must be {'a string' if expected is str else expected.__name__}"
         )
     return value

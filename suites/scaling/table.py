@@ -101,6 +101,7 @@ WIDEST = 0.3  # in ln C: what is wider is no budget but a chain of them
 FEWEST = 4  # sizes of what is called a budget where computes are scattered
 TWIN = 0.01  # in ln N: closer rows of one budget are the same size
 FEW_VALUES = 40  # of a column of text: with more it names runs rather than kinds of them
+LONGEST_CELL = 100_000  # characters
 MOST_CELLS = 20_000_000  # what a file may hold
 LARGEST = 1e60  # beyond it, and below its inverse, products and squares leave what a float can hold
 
@@ -229,6 +230,9 @@ def _from_csv(text: str, path: Path) -> list[dict[str, Any]]:
         lines = [line for line in reader if any(cell.strip() for cell in line)]
     except csv.Error as e:
         raise TableError(f"{path}: {e}") from None
+    longest = max(len(cell) for line in lines for cell in line)
+    if longest > LONGEST_CELL:  # the limit of the csv module is the process's, whoever set it
+        raise TableError(f"{path}: a cell is larger than {LONGEST_CELL:,} characters")
     header = [name.strip() for name in lines[0]]
     if len(header) * len(lines) > MOST_CELLS:
         raise TableError(f"{path} holds more than {MOST_CELLS:,} cells")

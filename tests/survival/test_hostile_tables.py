@@ -71,7 +71,7 @@ BY_HAND = {
     "a ragged row": ("t.csv", table([*GOOD, [1, 2]]), "cells under"),
     "numbers beyond floats": ("t.csv", changed({0: {0: "1e400"}, 1: {1: "5e-324"}, 2: {2: 1e300}}), "not used"),
     "no text": ("t.csv", table(GOOD) + b"\xff\x00", "no UTF-8"),
-    "a cell of a megabyte": ("t.csv", changed({0: {0: "1" * 1_000_000}}), "field larger"),
+    "a cell of a megabyte": ("t.csv", changed({0: {0: "1" * 1_000_000}}), "larger than"),
     "the same row again and again": ("t.csv", table([GOOD[0]] * 30), "a law needs more"),
     "JSON nested to the ground": ("t.json", b"[" * 100_000, "is no JSON"),
     "a JSON number of 400 digits": ("t.json", json.dumps([{**r, "N": 10**400} for r in AS_JSON]).encode(), "positive"),
