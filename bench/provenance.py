@@ -84,7 +84,10 @@ def repository(folder: Path) -> dict[str, Any] | None:
 
 
 def without_credentials(url: str) -> str:
-    """A remote without user, password, query and fragment: `host:path` for the short form of ssh."""
+    """A remote without user, password, query and fragment: `host:path` for the short form of ssh; of a folder of this
+    machine its name alone, since where a user keeps it is nobody's business."""
+    if url.startswith(("/", ".", "~", "file:")) or re.match(r"[A-Za-z]:[\\/]", url):
+        return re.split(r"[\\/]", url.rstrip("\\/."))[-1]
     match = re.match(r"([A-Za-z][\w.+-]*://)?(?:[^/]*@)?([^?#]*)", url)
     return (match[1] or "") + match[2] if match else ""
 

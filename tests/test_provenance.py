@@ -86,8 +86,10 @@ def test_a_repository_cannot_name_a_program_to_run(checkout, tmp_path):
         ("https://user:se@cret@host.example/a", "https://host.example/a"),
         ("git@host.example:a/b.git", "host.example:a/b.git"),
         ("ssh://git@host.example:22/a", "ssh://host.example:22/a"),
-        ("../sibling", "../sibling"),
-        ("/srv/git/a@b.git", "/srv/git/a@b.git"),
+        ("../sibling", "sibling"),
+        ("/home/joe/secret-project/a@b.git", "a@b.git"),
+        ("file:///home/joe/work/.", "work"),
+        ("C:\\Users\\joe\\work", "work"),
     ],
 )
 def test_origin_loses_its_credentials(url, shown):
