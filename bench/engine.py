@@ -229,10 +229,16 @@ class Crew:
         now = time.monotonic()
         if now < self.look:
             return []
-        for handle in [h for h in self.opening if now - h.since > OPEN_TIMEOUT]:
-            self._leave_out(handle, Error(f"a worker did not open the model in {OPEN_TIMEOUT:g} s"))
         records = []
+        for handle in [h for h in self.opening if now - h.since > OPEN_TIMEOUT]:
+            self._hear(handle)  # the driver itself may have been held up: what was said in time counts
+            if handle in self.opening:
+                self._leave_out(handle, Error(f"a worker did not open the model in {OPEN_TIMEOUT:g} s"))
         for handle in [h for h in self.busy if now - h.since > self._limit(h.unit)]:
+            record = self._hear(handle)
+            if handle not in self.busy:
+                records += [record] if record else []
+                continue
             limit = self._limit(handle.unit)
             self._vacate(handle)
             hint = f"--unit-timeout {4 * limit:.0f} allows more" if not self.work.how.unit_timeout else ""
@@ -296,9 +302,14 @@ class _Process(Handle):
                 return None
         except (EOFError, OSError):
             pass
-        self.process.join(5)
+        self._wait(5)
         code = self.process.exitcode
         raise Gone(f"signal {-code}" if code is not None and code < 0 else f"exit {code}")
+
+    def _wait(self, seconds: float) -> None:
+        """Until it has ended. `join` would wait for all that holds a descriptor of it, which a grandchild may do."""
+        connection.wait([self.ended], seconds)
+        _ = self.process.exitcode  # takes note of it, so that no zombie stays
 
     def again(self) -> _Process:
         return _Process(self.work, self.device)
@@ -310,11 +321,11 @@ class _Process(Handle):
     def kill(self, grace: float = 0.0) -> None:
         if self.pipe.closed:
             return
-        self.process.join(grace)
+        self._wait(grace)
         with contextlib.suppress(OSError):
             os.killpg(self.process.pid, signal.SIGKILL)  # with what it started
         self.process.kill()
-        self.process.join(10)
+        self._wait(10)
         self.pipe.close()
         if self.ended != self.process.sentinel:
             os.close(self.ended)

@@ -236,6 +236,15 @@ def test_time_limits_follow_the_cost_of_a_unit_and_the_patience_of_the_suite():
     assert late.error["kind"] == "Timeout" and late.error["message"] == "took longer than 0.05 s"
 
 
+def test_an_answer_that_came_while_the_driver_was_held_up_counts():
+    crew = crew_of(["ready", "ok"], unit_timeout=0.05)
+    with crew:
+        crew.gather(1)
+        crew.wait = lambda handles, seconds: time.sleep(0.1) or []  # hears nobody until the limit has passed
+        ((record,),) = crew.measure(units(1))
+    assert record.status == "ok"
+
+
 # -- which engine
 
 
