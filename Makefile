@@ -1,11 +1,12 @@
 # make demo   every suite on the embedded models and pictures, ending in a report
 # make test   the tests; no network, no GPU
-# make survival   killed, failed and fed broken files at full size, with the dashboard
+# make survival   killed, failed and fed broken files at full size, with the dashboard; TIMES=10: overnight
 # make perf   time and memory against peer libraries, as ratios, written to reports/perf/; half an hour on quiet cores
 # make clean  remove build outputs and caches; .venv and results stay
 # A CPU-only torch that is already in .venv is kept. Another Python: make setup PYTHON=python3.12
 
 PYTHON ?= python3
+TIMES ?= 1
 STAMP := .venv/.stamp
 
 .PHONY: demo test survival perf setup clean
@@ -18,7 +19,7 @@ test: setup
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
 
 survival: setup
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -m '' --full-size tests/survival
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -m '' --full-size --times $(TIMES) tests/survival
 
 perf: setup
 	@OMP_NUM_THREADS=1 .venv/bin/python tests/perf

@@ -9,7 +9,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-from dashboard import pytest_terminal_summary, size, tally  # noqa: F401  (fixtures and a hook, for all tests)
+from dashboard import pytest_terminal_summary, size, tally, trials  # noqa: F401  (fixtures and a hook, for all tests)
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("touchstone", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -18,6 +18,7 @@ settings.load_profile("touchstone")
 
 def pytest_addoption(parser):
     parser.addoption("--full-size", action="store_true", help="tests of survival make all of their trials")
+    parser.addoption("--times", type=int, default=1, metavar="N", help="and those by chance N times as many")
 
 
 @pytest.fixture(autouse=True)

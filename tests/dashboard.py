@@ -50,6 +50,13 @@ def size(request):
     return lambda full, ci: full if request.config.getoption("--full-size") else ci
 
 
+@pytest.fixture
+def trials(request, size):
+    """trials(full, ci): the same for what may be tried any number of times; `--times` multiplies the full number."""
+    times = request.config.getoption("--times")
+    return lambda full, ci: size(full * times, ci)
+
+
 def pytest_terminal_summary(terminalreporter):
     """The dashboard, of all tests that counted; red where a trial failed or a zero is none."""
     passed, made, harm = Counter(), Counter(), Counter()

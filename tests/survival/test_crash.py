@@ -75,7 +75,7 @@ class InPieces(Disk):
 
 
 @pytest.mark.parametrize("part", range(2))
-def test_killed_at_random_while_records_are_appended(memory, quick, tally, size, part):
+def test_killed_at_random_while_records_are_appended(memory, quick, tally, trials, part):
     seed = 20261201 + part
     print("seed", seed)
     rng = random.Random(seed)
@@ -89,7 +89,7 @@ def test_killed_at_random_while_records_are_appended(memory, quick, tally, size,
             run.store.put(features[address], ".npy")
         log.append(record_line(record))
 
-    goal, per_run = size(500, 50), 25
+    goal, per_run = trials(500, 50), 25
     kills = lost = false = broken = torn = 0
     names = (memory / f"run-{i}" for i in range(10 * goal))
     while kills < goal:
@@ -135,12 +135,12 @@ def test_killed_at_random_while_records_are_appended(memory, quick, tally, size,
     assert torn > kills // 50  # the kills fell where they hurt
 
 
-def test_the_command_killed_until_it_is_complete(tmp_path, tally, size):
+def test_the_command_killed_until_it_is_complete(tmp_path, tally, size, trials):
     """The real command in its own process group; the work of a kill that is lost is the unit in hand."""
     seed = 20261203
     print("seed", seed)
     rng = random.Random(seed)
-    goal, units = size(25, 1), size(80, 30)
+    goal, units = trials(25, 1), size(80, 30)
     journal = tmp_path / "journal"
 
     def argv(where):
@@ -322,12 +322,12 @@ def moved(step, old, new):
     return replace(step, path=new + step.path[len(old) :], target=target)
 
 
-def test_the_power_goes_at_every_moment(memory, quick, tally, size):
+def test_the_power_goes_at_every_moment(memory, quick, tally, size, trials):
     seed = 20261204
     print("seed", seed)
     rng = random.Random(seed)
     true, scores, records = whole(memory / "whole")
-    goal = size(2000, 200)
+    goal = trials(2000, 200)
     states = []
     for base, log in scenarios(memory / "recorded", rng, true, records, size(24, 6)):
         found = list(crash_states(base, log, rng, 64))

@@ -65,7 +65,7 @@ def test_a_log_that_is_cut_at_any_byte(run, tally, size):
 
 
 @pytest.mark.parametrize("kind", ["change", "insert", "delete"])
-def test_a_log_with_a_byte_that_is_wrong(run, tally, size, kind):
+def test_a_log_with_a_byte_that_is_wrong(run, tally, trials, kind):
     seed = 20261205
     print("seed", seed)
     rng = random.Random(f"{seed}{kind}")
@@ -73,7 +73,7 @@ def test_a_log_with_a_byte_that_is_wrong(run, tally, size, kind):
     whole, true = path.read_bytes(), truth(run)
     log = whole.splitlines(keepends=True)
     records = {r.key: r for r in run.records().values()}
-    goal, failures, hit = size(600, 60), [], 0
+    goal, failures, hit = trials(600, 60), [], 0
     for number in range(goal):
         data = bytearray(whole)
         ends = [i for i, byte in enumerate(whole) if byte == 10]

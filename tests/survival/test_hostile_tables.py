@@ -191,11 +191,11 @@ def random_table(rng):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of fits to what has no law; the numbers are what is checked
-def test_random_tables_give_finite_numbers_or_reasons(tally, size, tmp_path, fits):
+def test_random_tables_give_finite_numbers_or_reasons(tally, size, trials, tmp_path, fits):
     """All through reading, cleaning and the isoFLOP profiles; some through every fit."""
     print("seed", SEED)
     rng, path = random.Random(SEED), tmp_path / "t.csv"
-    count, whole = size(2000, 300), size(40, 75)
+    count, whole = trials(2000, 300), size(40, 75)
     bad, used, fitted = [], 0, 0
     for i in range(count):
         data = random_table(rng)

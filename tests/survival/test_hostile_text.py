@@ -208,9 +208,9 @@ GOOD = [
 WORDS = sorted({re.escape(w) for w in [*HEADER_WORDS, *WEIGHTS_WORDS, *PLAN_WORDS, *BOARD_WORDS]})
 
 
-def test_every_mutant_is_accepted_and_round_trips_or_is_refused_in_words(tally, size, place):
+def test_every_mutant_is_accepted_and_round_trips_or_is_refused_in_words(tally, trials, place):
     print("seed", SEED)
-    count, again = size(10_000, 2_000), place / "data_manifests/again.toml"
+    count, again = trials(10_000, 2_000), place / "data_manifests/again.toml"
     bad, fates = [], {}
     for use, path, data in GOOD:
         (place / path).write_bytes(data)

@@ -63,12 +63,12 @@ def strictly_valid(data: bytes) -> bool:
     return sorted(covered) == list(range(len(data) - 8 - n))
 
 
-def test_a_damaged_header_is_refused_and_a_sound_one_is_read(tally, size, tmp_path):
+def test_a_damaged_header_is_refused_and_a_sound_one_is_read(tally, trials, tmp_path):
     """What our check lets through is valid by the strict rules, and is then read as the library reads it."""
     print("seed", SEED)
     original = save(TENSORS, metadata={"format": "pt"})
     path = tmp_path / "mutant.safetensors"
-    count = size(5000, 800)
+    count = trials(5000, 800)
 
     def check_all():
         rng = random.Random(SEED)

@@ -507,9 +507,9 @@ def controls(text):
 # -- cells of CSV
 
 
-def test_cells_read_back_as_they_were_written(tally, size):
+def test_cells_read_back_as_they_were_written(tally, trials):
     """Ten thousand at full size: any text and any finite number, −0.0 and 1e-300 included; no cell starts a formula."""
-    made = size(10_000, 500)
+    made = trials(10_000, 500)
     counted = []
 
     @given(st.text(), st.one_of(st.none(), st.floats(allow_nan=False, allow_infinity=False)))

@@ -132,12 +132,12 @@ def deadly(call, nth, how="before"):
 # -- killed
 
 
-def test_killed_at_a_random_step_it_ends_byte_equal(recipes, whole, tmp_path, tally, size):
+def test_killed_at_a_random_step_it_ends_byte_equal(recipes, whole, tmp_path, tally, trials):
     """SIGKILL from outside, at any moment after a random step, saving included; then the same call again.
 
     No more is lost than the steps since the newest state, and a state is there from the first save on.
     """
-    made, passed, rng = size(20, 4), 0, random.Random(SEED)
+    made, passed, rng = trials(20, 4), 0, random.Random(SEED)
     wrong = []
     for trial in range(made):
         name = list(recipes)[trial % 3]

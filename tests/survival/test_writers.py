@@ -50,9 +50,9 @@ def gates(count):
                     os.close(fd)
 
 
-def test_two_processes_start_on_one_shard(memory, quick, tally, size):
+def test_two_processes_start_on_one_shard(memory, quick, tally, trials):
     true = truth(measure(memory / "whole", SUITE))
-    goal, failures, waits = size(100, 8), [], []
+    goal, failures, waits = trials(100, 8), [], []
     for i in range(goal):
         folder = memory / f"pair-{i}"
         if i % 2:  # the run is there already: what is left is wanted by both
