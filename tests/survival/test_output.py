@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import unicodedata
 from dataclasses import asdict, replace
@@ -202,6 +203,35 @@ def test_the_page_keeps_its_elements(pages):
     assert all(link.startswith(("#", "data:text/csv;base64,", "data:image/jpeg;base64,")) for link in found.links)
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u2028\u2029]", hostile)
     check_page(hostile)
+
+
+def test_a_browser_opens_them_without_a_dialog_a_request_or_a_complaint(pages, tally):
+    """Debian's Chromium, offline, for hostile texts on a board and on the page of a fit."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no chromium: apt-get install chromium")
+    fits = [write_finding(finding(text), pages[0][0].parent / f"fit{k}") for k, text in enumerate(ON_DISK[::12])]
+    heard, passed, shown = [], 0, [pages[0][0] / "index.html", *fits]
+    with playwright.sync_playwright() as p:
+        try:
+            browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        except playwright.Error as e:
+            pytest.skip(f"chromium does not start: {str(e).splitlines()[0]}")
+        page = browser.new_page(offline=True)
+        page.on("dialog", lambda d: (heard.append(d.message), d.dismiss()))
+        page.on("console", lambda m: heard.append(m.text))
+        page.on("pageerror", lambda e: heard.append(str(e)))
+        page.on("request", lambda r: r.url.startswith(("file:", "data:")) or heard.append(r.url))
+        for path in shown:
+            before = len(heard)
+            page.goto(path.as_uri(), timeout=120_000)
+            passed += len(heard) == before and page.locator("h1").count() == 1
+        alive = page.evaluate("() => { console.log('heard'); return 1 }")
+        assert alive and heard.pop() == "heard"  # what a page says would have been heard
+        browser.close()
+    tally("pages in a browser", passed, len(shown), ran=len(heard))
+    assert passed == len(shown) and heard == []
 
 
 def test_every_text_is_still_readable(pages):
