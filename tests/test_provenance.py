@@ -88,8 +88,8 @@ def test_a_repository_cannot_name_a_program_to_run(checkout, tmp_path):
         ("ssh://git@host.example:22/a", "ssh://host.example:22/a"),
         ("../sibling", "sibling"),
         ("/home/joe/secret-project/a@b.git", "a@b.git"),
-        ("file:///home/joe/work/.", "work"),
-        ("C:\\Users\\joe\\work", "work"),
+        ("file:///home/joe/checkout/.", "checkout"),
+        ("C:\\Users\\joe\\checkout", "checkout"),
     ],
 )
 def test_origin_loses_its_credentials(url, shown):
