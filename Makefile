@@ -1,6 +1,7 @@
 # make demo   every suite on the embedded models and pictures, ending in a report
 # make test   the tests; no network, no GPU
 # make survival   killed, failed and fed broken files at full size, with the dashboard; TIMES=10: overnight
+# make nightly   the same on real file systems, through power cuts, with other programs and versions; as root, hours
 # make perf   time and memory against peer libraries, as ratios, written to reports/perf/; half an hour on quiet cores
 # make clean  remove build outputs and caches; .venv and results stay
 # A CPU-only torch that is already in .venv is kept. Another Python: make setup PYTHON=python3.12
@@ -9,7 +10,7 @@ PYTHON ?= python3
 TIMES ?= 1
 STAMP := .venv/.stamp
 
-.PHONY: demo test survival perf setup clean
+.PHONY: demo test survival nightly perf setup clean
 
 demo: setup
 	@.venv/bin/bench demo
@@ -20,6 +21,9 @@ test: setup
 
 survival: setup
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -m '' --full-size --times $(TIMES) tests/survival
+
+nightly: setup
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m nightly --full-size --times $(TIMES) tests/nightly
 
 perf: setup
 	@OMP_NUM_THREADS=1 .venv/bin/python tests/perf

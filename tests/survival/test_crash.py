@@ -2,6 +2,7 @@
 bytes as an undisturbed run."""
 
 import contextlib
+import itertools
 import os
 import random
 import re
@@ -74,14 +75,11 @@ class InPieces(Disk):
         return act(512) if operation.kind == "write" else act()
 
 
-@pytest.mark.parametrize("part", range(2))
-def test_killed_at_random_while_records_are_appended(memory, quick, tally, trials, part):
-    seed = 20261201 + part
-    print("seed", seed)
-    rng = random.Random(seed)
+def kill_while_appending(folder, goal, rng):
+    """Kills `goal` writers at random moments. Gives (broken, lost, false, torn): trials, records, records, lines."""
     suite = Wordy(num=120, chunk=2)
-    true, scores, records = whole(memory / "whole", suite)
-    calm = the_run(memory / "whole")
+    true, scores, records = whole(folder / "whole", suite)
+    calm = the_run(folder / "whole")
     features = {a: calm.store.get(a) for r in records for a in r.blobs.values()}
 
     def save(run, log, record):
@@ -89,12 +87,12 @@ def test_killed_at_random_while_records_are_appended(memory, quick, tally, trial
             run.store.put(features[address], ".npy")
         log.append(record_line(record))
 
-    goal, per_run = trials(500, 50), 25
+    per_run = 25
     kills = lost = false = broken = torn = 0
-    names = (memory / f"run-{i}" for i in range(10 * goal))
+    names = (folder / f"run-{i}" for i in range(10 * goal))
     while kills < goal:
-        folder = next(names)
-        run = Store(folder).open(calm.spec, {k: v for k, v in calm.meta.items() if k not in ("format", "spec")})
+        place = next(names)
+        run = Store(place).open(calm.spec, {k: v for k, v in calm.meta.items() if k not in ("format", "spec")})
         here, acked = 0, []
         while here < per_run and kills < goal:
             have = run.records()
@@ -119,7 +117,7 @@ def test_killed_at_random_while_records_are_appended(memory, quick, tally, trial
                 continue
             here, kills = here + 1, kills + 1
             torn += run.log("").exists() and not run.log("").read_bytes().endswith(b"\n")
-            a, b = harm(folder, acked, true)
+            a, b = harm(place, acked, true)
             lost, false, broken = lost + a, false + b, broken + bool(a or b)
         with run.writer() as log:
             have = run.records()
@@ -128,63 +126,78 @@ def test_killed_at_random_while_records_are_appended(memory, quick, tally, trial
                     save(run, log, record)
         derive(run, suite)
         broken += (run.path / "scores.csv").read_bytes() != scores or truth(run) != true
-        shutil.rmtree(folder)
+        shutil.rmtree(place)
+    return broken, lost, false, torn
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_killed_at_random_while_records_are_appended(memory, quick, tally, trials, part):
+    seed = 20261201 + part
+    print("seed", seed)
+    kills = trials(500, 50)
+    broken, lost, false, torn = kill_while_appending(memory, kills, random.Random(seed))
     tally("kills", kills - broken, kills, lost=lost, false=false)
     print(f"{kills} kills, {torn} of them inside a record")
     assert broken == lost == false == 0
     assert torn > kills // 50  # the kills fell where they hurt
 
 
-def test_the_command_killed_until_it_is_complete(tmp_path, tally, size, trials):
-    """The real command in its own process group; the work of a kill that is lost is the unit in hand."""
-    seed = 20261203
-    print("seed", seed)
-    rng = random.Random(seed)
-    goal, units = trials(25, 1), size(80, 30)
-    journal = tmp_path / "journal"
+def kill_the_command(folder, goal, units, longest, rng):
+    """Kills `goal` commands, each after at most `longest` seconds, and lets each run end. Gives (broken, lost, false):
+    runs, records, runs."""
+    journal = folder / "journal"
 
     def argv(where):
         fields = ("-p", f"num={2 * units}", "-p", "pause=0.02", "-p", f"journal={where}")
         names = ("score", f"{faults.HERE}:Journal", "--model", f"{TOYS}:Painter")
         return [sys.executable, "-m", "bench", *names, *fields, "--devices", "cpu", "--keep", "none"]
 
-    rough, calm = tmp_path / "rough", tmp_path / "calm"
-    kills = lost = false = broken = lives = 0
-    names = (rough / str(i) for i in range(1000))
+    rough, calm = folder / "rough", folder / "calm"
+    kills = lost = false = broken = 0
+    names = (rough / str(i) for i in itertools.count())
     while kills < goal:
-        folder = next(names)
-        folder.mkdir(parents=True)
+        place = next(names)
+        place.mkdir(parents=True)
         journal.unlink(missing_ok=True)
         here = saved = 0
         while True:
             process = subprocess.Popen(
-                argv(journal), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+                argv(journal), cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
             )
-            lives += 1
             try:
-                code = process.wait(None if here >= 6 or kills >= goal else rng.uniform(0.4, size(2.5, 1.4)))
+                code = process.wait(None if here >= 6 or kills >= goal else rng.uniform(0.4, longest))
                 break
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 if process.wait() != -signal.SIGKILL:
                     continue
                 here, kills = here + 1, kills + 1
-                run = the_run(folder / ".bench")
+                run = the_run(place / ".bench")
                 now = len(run.records()) if run else 0
                 lost += max(0, saved - now)
                 saved = now
-        run = the_run(folder / ".bench")
+        run = the_run(place / ".bench")
         begun = journal.read_text().splitlines()
-        bytes_of = (run.path / "scores.csv").read_bytes()
         if not calm.exists():
             calm.mkdir()
             done = subprocess.run(argv(journal), cwd=calm, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
         calm_run = the_run(calm / ".bench")
         again = len(begun) - len(set(begun))  # a trial of two items, and one unit in hand at each kill
-        same = bytes_of == (calm_run.path / "scores.csv").read_bytes() and truth(run) == truth(calm_run)
+        same = (run.path / "scores.csv").read_bytes() == (calm_run.path / "scores.csv").read_bytes()
+        same = same and truth(run) == truth(calm_run)
         false += not same
         broken += code != 0 or not same or again > 2 * here + 1
+        shutil.rmtree(place)
+    return broken, lost, false
+
+
+def test_the_command_killed_until_it_is_complete(tmp_path, tally, size, trials):
+    """The real command in its own process group; the work of a kill that is lost is the unit in hand."""
+    seed = 20261203
+    print("seed", seed)
+    kills = trials(25, 1)
+    broken, lost, false = kill_the_command(tmp_path, kills, size(80, 30), size(2.5, 1.4), random.Random(seed))
     tally("kills", kills - min(kills, broken), kills, lost=lost, false=false)
     assert broken == lost == 0
 
