@@ -41,7 +41,7 @@ class Tally:
         self.properties = properties
 
     def __call__(self, kind: str, passed: int, made: int, **harm: int) -> None:
-        """`passed` of `made` trials of a kind of GOALS or NIGHTLY (or of another, shown below them); `harm`: counts of ZEROS.
+        """`passed` of `made` trials of a kind of GOALS or NIGHTLY (or another, shown below); `harm`: counts of ZEROS.
 
         lost: records once reported as saved; false: wrong numbers shown; ran: foreign code; leaked: secrets and
         restricted media; tracebacks: shown to a user for what was no bug.
