@@ -90,7 +90,7 @@ def second_worker(
 
 
 def _made_elsewhere(name, what, how, device, method, inputs, seeds) -> np.ndarray:
-    from bench.worker import open_model
+    from bench.models import open_model
 
     return getattr(open_model(name, what, how, device), method)(inputs, seeds).detach().cpu().numpy()
 

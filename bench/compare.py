@@ -116,8 +116,8 @@ def set_differences(run: Run, a: Table, b: Table) -> dict[str, Estimate]:
 
     A score is absent where its metric has no paired difference, and where the suite is not at hand.
     """
-    from bench.execution import suite_of
     from bench.metrics.sets import matched_sets
+    from bench.reduction import suite_of
 
     try:
         metrics: tuple[Any, ...] = suite_of(run).metrics

@@ -22,9 +22,10 @@ from multiprocessing import connection, get_context
 from typing import Any, Protocol, TypeAlias
 
 from bench.identity import unit_key
+from bench.models import settings
 from bench.text import say
 from bench.types import Error, Record, Stop, Unit
-from bench.worker import Work, Worker, settings, utc
+from bench.worker import Work, Worker, utc
 
 TRIES = 2  # of a unit whose worker died
 MEDIANS = 10

@@ -162,7 +162,8 @@ class Carried(Store):
 def _refuse_other_spec(work: Work) -> None:
     """Raises Error where the files of this machine make the run another one: its data, weights or judges differ."""
     from bench import registry
-    from bench.execution import check_ready, prepare
+    from bench.execution import check_ready
+    from bench.prepare import prepare
 
     store = Store(work.how.store)
     given = {**work.model_what, **work.model_how}

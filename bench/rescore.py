@@ -51,7 +51,7 @@ def remeasure(run: Run, metric: str | None, how: How | None = None) -> int:
     With `metric`, that metric on every unit that lacks it; without, the suite's own metrics where they left nulls.
     Raises Error when media were not kept, with the command that would keep them.
     """
-    from bench.execution import suite_of
+    from bench.reduction import suite_of
     from bench.worker import WorkerContext
 
     suite = suite_of(run)

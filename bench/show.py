@@ -158,7 +158,7 @@ def _cell(value: Any) -> str:
 def draw_figures(run: Run, folder: Path) -> list[Path]:
     """The suite's figures of one run as SVG, each with a CSV beside it."""
     from bench import door
-    from bench.execution import suite_of
+    from bench.reduction import suite_of
     from bench.report.figures import render
 
     door.make_folder(folder)

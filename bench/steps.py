@@ -183,7 +183,7 @@ def _help(pipe: Any, root: str, how: How, options: Mapping[str, Any]) -> None:
 
 
 def prepare_step(step: Step, store: Store, how: How):
-    from bench.execution import prepare
+    from bench.prepare import prepare
 
     for name, value in {**step.fields, **step.params, **step.plan_args, **step.model_args}.items():
         secrets().add_named(name, str(value))  # what is given as a key is masked wherever it is written

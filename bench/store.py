@@ -291,9 +291,9 @@ class Run:
                         found[record.key] = record
         return found
 
-    def pending(self, units: Iterable[Unit]) -> list[Unit]:
+    def pending(self, units: Iterable[Unit], records: Mapping[str, Record] | None = None) -> list[Unit]:
         """Those without an ok record whose blobs are there; failed ones are tried again."""
-        records = self.records()
+        records = self.records() if records is None else records
         return [u for u in units if not self._whole(records.get(self.key(u)))]
 
     def _whole(self, record: Record | None) -> bool:

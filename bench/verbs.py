@@ -240,7 +240,7 @@ def _train(
         if not model:
             needs = " and ".join(c.__name__ for c in built.starts_from)
             raise UsageError(f"recipe {recipe!r} edits a model with {needs}", hint="--model NAME")
-        from bench.worker import open_model
+        from bench.models import open_model
 
         bound = config.bind(registry.find("adapters", model), model, plan_args or {}, model_args or {}, where)
         spec["model"] = [
@@ -310,7 +310,7 @@ def compare(args: Namespace) -> int:
 
 
 def rescore(args: Namespace) -> int:
-    from bench.execution import derive, suite_of
+    from bench.reduction import derive, suite_of
     from bench.rescore import remeasure
     from bench.show import counted, judge_failures, print_scores
 
@@ -351,8 +351,8 @@ def check(args: Namespace) -> int:
     from bench.check import check as conformance
     from bench.check import second_worker
     from bench.execution import resolve_devices
+    from bench.models import open_model
     from bench.show import columns
-    from bench.worker import open_model
 
     factory = registry.find("adapters", args.model)
     bound = config.bind(factory, args.model, {}, config.assignments(args.m, "-m"))

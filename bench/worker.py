@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import io
-import queue
 import shutil
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from bench import door, registry
-from bench.capabilities import PictureSet, has, held
-from bench.config import How, bind, data_fields, file_arguments
-from bench.identity import canonical, digest, file_digest, fingerprint, seed_for, unit_key, without_copy
+from bench.ahead import ahead, owned
+from bench.capabilities import PictureSet
+from bench.config import How, bind, data_fields
+from bench.identity import canonical, digest, seed_for, unit_key, without_copy
+from bench.models import device_name, free_memory, identity_of, open_model, out_of_memory, parse_model, require
 from bench.pictures import batch_of, encode, extremes
 from bench.recipe import Recipe
 from bench.replies import Replies
 from bench.store import Store
 from bench.suite import Suite
 from bench.text import secrets
-from bench.types import BadOutput, Error, Item, Json, NonFinite, Record, Stop, Unit
+from bench.types import BadOutput, Item, Json, NonFinite, Record, Stop, Unit
+from bench.versions import code_digest, float_versions, refuse_other, versions_of
 
 TRACE_CHARACTERS = 8_000
-AHEAD = "ahead"  # name of the thread in which the model works
 OWN_COLUMNS = ("item", "unit", "flat")
 GENERATED = "generated"  # `generated:name` is a picture of a PictureSet
 
@@ -66,7 +65,7 @@ class Worker:
         self.work, self.device, self.batch = work, device, work.how.batch
         self.others: dict[str, Any] = {}  # the manifests of further fields of type Data
         self.suite = suite if suite is not None else registry.find("suites", work.suite)(**work.fields)
-        _refuse_other(work.versions, versions_of(type(self.suite)) if work.versions else {})
+        refuse_other(work.versions, versions_of(type(self.suite)) if work.versions else {})
         self.store = Store(work.how.store)
         self.manifest = manifest
         others = data_fields(type(self.suite))[1:]
@@ -90,7 +89,7 @@ class Worker:
         self.model = model
         require(self.suite, self.model, work.model)
         self.code = code_digest(type(self.suite))
-        self.device_name = _device_name(device)
+        self.device_name = device_name(device)
         self.judges: dict[str, Any] = {}
         ctx = WorkerContext(self, self.batch)
         for metric in self.suite.metrics:
@@ -118,9 +117,9 @@ class Worker:
                 Exception,
                 SystemExit,
             ) as e:  # the one place where a unit's fault, of whatever kind, becomes a record
-                if _out_of_memory(e) and batch > 1:
+                if out_of_memory(e) and batch > 1:
                     batch //= 2
-                    _free_memory()
+                    free_memory()
                     continue
                 trace = traceback.format_exc()[-TRACE_CHARACTERS:]
                 error = {"kind": type(e).__name__, "message": plain(mask(str(e)))[:1000], "trace": mask(trace)}
@@ -148,7 +147,7 @@ class Worker:
             return None
         kept = None if self.work.kept is None else sorted(self.work.kept & set(unit.items))
         decides = [self.work.shared_digest, unit_key("", unit.id, unit.items, unit.params), self.code, batch, kept]
-        address = digest([*decides, self.device_name, self._networks, _versions()])
+        address = digest([*decides, self.device_name, self._networks, float_versions()])
         known = self.store.recall(address)
         if known is None:
             rows, blobs = self._measure(unit, batch)
@@ -166,7 +165,7 @@ class Worker:
         rows: dict[str, dict[str, Json]] = {}
         features: dict[str, list[np.ndarray]] = {}
         blobs: dict[str, str] = {}
-        with ahead(_owned(self.suite.run(unit, self.model, ctx))) as batches:
+        with ahead(owned(self.suite.run(unit, self.model, ctx))) as batches:
             for ids, media in batches:
                 ids = list(ids)
                 if len(set(ids)) < len(ids):
@@ -354,192 +353,6 @@ class WorkerContext:
             shutil.rmtree(path, ignore_errors=True)
 
 
-# -- opening
-
-
-def parse_model(text: str) -> tuple[str, dict[str, str]]:
-    """`name?key=value&key=value` as (name, arguments)."""
-    name, _, query = text.partition("?")
-    return name, dict(part.split("=", 1) for part in query.split("&") if "=" in part)
-
-
-def open_model(name: str, what: Mapping[str, Any], how: Mapping[str, Any], device: str) -> Any:
-    """The adapter of a name, opened. Anything that goes wrong is an Error: it stops the run and blames no unit."""
-    import inspect
-
-    factory = registry.find("adapters", name)
-    how = dict(how)
-    if "device" in inspect.signature(factory).parameters:
-        how.setdefault("device", device)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            return factory(**what, **how)
-    except Error:
-        raise
-    except Exception as e:  # a foreign constructor may raise anything
-        from bench.text import mask, plain
-
-        trace = traceback.extract_tb(e.__traceback__)[-1]
-        raise Error(
-            f"model {name!r} cannot be opened: {type(e).__name__}: {plain(mask(str(e)))[:500]}",
-            hint=f"raised at {Path(trace.filename).name}:{trace.lineno}; bench check --model {name} tries it alone",
-        ) from e
-
-
-def identity_of(name: str, what: Mapping[str, Any], store: Store) -> Json:
-    """An adapter by its name, its file where it is one, and the arguments that decide what it says."""
-    from bench.weights import resolve
-
-    files = file_arguments(registry.find("adapters", name))
-    with store.digests() as digests:
-        given = {k: fingerprint(resolve(str(v)), digests) if k in files and v else v for k, v in what.items()}
-    return [registry.identity(name), given]
-
-
-def require(suite: Suite, obj: Any, name: str) -> None:
-    """Raises Error when a model, or its class before it is opened, lacks what the suite needs."""
-    lacking = [c.__name__ for c in suite.requires if not has(obj, c)]
-    if lacking:
-        fitting = sorted(
-            e.name
-            for e, cls, _ in registry.describe("suites")
-            if cls is not None and all(has(obj, c) for c in cls.requires) and cls.requires
-        )
-        raise Error(
-            f"suite `{suite.name}` needs {', '.join(lacking)}; `{name}` has {', '.join(held(obj)) or 'no capability'}",
-            hint=f"suites that run on `{name}`: {', '.join(fitting) or 'none'}",
-        )
-
-
-@contextlib.contextmanager
-def settings(how: How, device: str) -> Iterator[None]:
-    """Threads, TF32 and determinism as `how` says, for as long as a worker lives; then as they were before.
-
-    One thread unless told otherwise, so that sums have the same order on any machine and under any engine.
-    """
-    import os
-
-    from threadpoolctl import threadpool_limits
-
-    if device.startswith("cuda"):
-        import torch
-
-        if not torch.cuda.is_available():
-            raise Error(
-                f"device {device} is not available", hint="--devices cpu, or install a driver that torch can use"
-            )
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(threadpool_limits(how.threads))
-        if device == "cpu" and not how.strict and "torch" not in sys.modules:
-            old = os.environ.get("OMP_NUM_THREADS")
-            os.environ["OMP_NUM_THREADS"] = str(how.threads)  # read when torch is imported, if suite or model need it
-            stack.callback(os.environ.pop if old is None else os.environ.__setitem__, "OMP_NUM_THREADS", old)
-            yield
-            return
-        import torch
-
-        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-        stack.callback(setattr, matmul, "allow_tf32", matmul.allow_tf32)
-        stack.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
-        matmul.allow_tf32 = cudnn.allow_tf32 = False
-        torch.set_num_threads(how.threads)
-        if how.strict:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
-            torch.use_deterministic_algorithms(True)
-        yield
-
-
-def _owned(batches: Iterator[Any]) -> Iterator[Any]:
-    """The same batches in memory of their own: a model may write into the last one while that is being measured."""
-    for ids, media in batches:
-        yield ids, {name: _copied(m) if hasattr(m, "shape") else m for name, m in media.items()}
-
-
-def _copied(media: Any) -> Any:
-    return media.clone() if hasattr(media, "clone") else media.copy()
-
-
-@contextlib.contextmanager
-def ahead(batches: Iterator[Any]) -> Iterator[Iterator[Any]]:
-    """The same batches, the next one being made in a thread while the last is measured."""
-    ready: queue.Queue[tuple[str, Any]] = queue.Queue(1)
-    leaving = threading.Event()
-
-    def hand_over(kind: str, value: Any = None) -> None:
-        while not leaving.is_set():
-            with contextlib.suppress(queue.Full):
-                return ready.put((kind, value), timeout=0.05)
-
-    def make() -> None:
-        try:
-            for batch in batches:
-                hand_over("batch", batch)
-                if leaving.is_set():
-                    return
-            hand_over("end")
-        except BaseException as e:  # raised again where the batches are taken
-            hand_over("error", e)
-
-    def take() -> Iterator[Any]:
-        while True:
-            kind, value = ready.get()
-            if kind == "error":
-                raise value
-            if kind == "end":
-                return
-            yield value
-
-    thread = threading.Thread(target=make, name=AHEAD, daemon=True)
-    thread.start()
-    try:
-        yield take()
-    except Exception:
-        leaving.set()
-        thread.join()  # the model must be idle before the next unit
-        raise
-    finally:
-        leaving.set()
-        thread.join(1.0)  # an interrupt waits no longer; the command line then ends the process as it is
-
-
-@cache
-def code_digest(cls: type) -> str:
-    """Digest of the files of a suite and of the metrics: recorded with each record, not part of its key."""
-    files = [*registry.package_files(cls), *sorted((Path(__file__).parent / "metrics").glob("*.py"))]
-    return digest([[p.name, file_digest(p)] for p in files])[:16]
-
-
-@cache
-def versions_of(cls: type) -> Mapping[str, str]:
-    """What decides a number beside model and data: workers that differ in it do not share a run."""
-    from importlib.metadata import version
-
-    root = Path(__file__).parent
-    files = sorted(p for part in (".", "adapters", "mini") for p in (root / part).glob("*.py"))  # not those of reports
-    harness = [[p.relative_to(root).as_posix(), file_digest(p)] for p in files]
-    packages = {name: version(name) for name in ("touchstone-bench", "torch", "numpy", "pillow")}
-    return {**packages, "the harness's code": digest(harness)[:16], "the suite's code": code_digest(cls)}
-
-
-def _refuse_other(drivers: Mapping[str, str], own: Mapping[str, str]) -> None:
-    other = [name for name, value in drivers.items() if own.get(name) != value]
-    if other:
-        raise Error(
-            f"this worker has {other[0]} {own.get(other[0])}, its driver {drivers[other[0]]}",
-            hint="install the same versions everywhere, then run the same command again",
-        )
-
-
-@cache
-def _versions() -> list[str]:
-    """Of what floats depend on beside our own code."""
-    from importlib.metadata import version
-
-    return [*map(version, ("torch", "numpy", "pillow")), file_digest(Path(__file__).with_name("images.py"))]
-
-
 def as_json(value: Any) -> Json:
     """A measured value as JSON: numbers lose their NumPy or torch type; what is not finite is null."""
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
@@ -547,30 +360,6 @@ def as_json(value: Any) -> Json:
     if isinstance(value, float) and not abs(value) < float("inf"):
         return None
     return value
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return (
-        isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "OutOfMemory" in type(error).__name__
-    )
-
-
-def _free_memory() -> None:
-    import gc
-
-    gc.collect()
-    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
-        sys.modules["torch"].cuda.empty_cache()
-
-
-def _device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        import torch
-
-        return torch.cuda.get_device_name(device)
-    import platform
-
-    return f"{device} {platform.machine()}"
 
 
 def utc() -> str:

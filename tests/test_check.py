@@ -13,8 +13,8 @@ from bench.adapters.codecs import FORMATS, Codec
 from bench.adapters.toy import Toy
 from bench.capabilities import Answer, Completion, Condition, Latents
 from bench.check import check, second_worker
+from bench.models import open_model
 from bench.types import Error
-from bench.worker import open_model
 
 
 def failed(findings, status="fail"):

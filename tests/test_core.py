@@ -14,8 +14,10 @@ from toys import Doubled, Drawing, DrawingTwice, Faulty, Mean, Painter, Scratchi
 
 from bench import Error, Store, UsageError, execute, execution
 from bench.config import How, bind
-from bench.execution import Observer, derive, parse_shard, prepare, resolve_devices
+from bench.execution import Observer, parse_shard, resolve_devices
 from bench.identity import seed_for, unit_key
+from bench.prepare import prepare
+from bench.reduction import derive
 from bench.store import parse_scores
 
 TOYS = str(Path(toys.__file__).resolve())

@@ -16,10 +16,12 @@ from toys import Done
 from bench import Store, engine
 from bench.config import How
 from bench.engine import Crew, Gone, Handle, LocalEngine
-from bench.execution import choose_engine, prepare, resolve_devices
+from bench.execution import choose_engine, resolve_devices
+from bench.prepare import prepare
 from bench.ray_engine import RayEngine
 from bench.types import Error, Record, Unit, UsageError
-from bench.worker import Work, Worker, versions_of
+from bench.versions import versions_of
+from bench.worker import Work, Worker
 
 TOYS = str(Path(toys.__file__).resolve())
 

@@ -45,10 +45,12 @@ WRITERS = {
     "suites/scaling/recipes.py: write_text": "as above",
 }
 BROAD = {
+    "bench/ahead.py": "raised again in the thread that asked",
     "bench/checks/report.py": "a model under test may fail in any way, and that is a finding",
     "bench/config.py": "resolving a foreign annotation runs foreign code",
     "bench/ray_engine.py": "Ray's start raises what it likes, a bare Exception too",
     "bench/registry.py": "a plugin may fail in any way",
+    "bench/models.py": "a foreign constructor may fail in any way: the model cannot be opened",
     "bench/worker.py": "around a unit: the failure is recorded",
 }
 

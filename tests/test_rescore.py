@@ -8,7 +8,7 @@ from toys import Drawing, DrawingJudged, DrawingTwice, Painter, command
 
 from bench import Error, Store, UsageError, execute
 from bench.config import How
-from bench.execution import derive
+from bench.reduction import derive
 from bench.rescore import open_metric, remeasure
 
 TOYS = str(Path(toys.__file__).resolve())

@@ -77,8 +77,9 @@ def multiply(store, crops: Path, count: int) -> None:
     """One run that was measured, and copies of it whose PSNR is moved by a quality of the model and by noise."""
     from bench.adapters.codecs import Codec
     from bench.config import How
-    from bench.execution import Observer, derive, execute
+    from bench.execution import Observer, execute
     from bench.identity import digest, unit_key
+    from bench.reduction import derive
     from bench.store import record_line
     from suites.noise import Noise
 

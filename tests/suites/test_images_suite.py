@@ -13,7 +13,7 @@ from bench import Error, Estimate, Store, Suite, Unit, UsageError, execute, imag
 from bench.adapters.folder_of_images import FolderOfImages
 from bench.capabilities import held
 from bench.config import How, bind
-from bench.execution import prepare
+from bench.prepare import prepare
 from bench.types import Data
 from suites.images import flags, protocols
 from suites.images.suite import Images
@@ -202,8 +202,8 @@ def test_pictures_of_several_sizes_keep_their_own(tmp_path):
 
 def test_another_network_can_look_later_at_what_was_kept(tmp_path):
     """Pictures of several sizes, in their order; Fréchet is withheld for so few, its features are there."""
-    from bench.execution import derive, suite_of
     from bench.metrics.extractors import opened
+    from bench.reduction import derive, suite_of
     from bench.rescore import remeasure
 
     mixed = [*pictures(2, 5), *pictures(2, 6, 96), *pictures(2, 7)]

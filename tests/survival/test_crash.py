@@ -38,7 +38,7 @@ from faults import (
 )
 
 from bench import Store
-from bench.execution import derive
+from bench.reduction import derive
 from bench.store import heal, record_line
 from bench.types import Error
 

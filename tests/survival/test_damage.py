@@ -13,7 +13,7 @@ from faults import Wordy, measure, the_run, truth
 from toys import Doubled, Drawing
 
 from bench.config import How
-from bench.execution import derive
+from bench.reduction import derive
 from bench.rescore import remeasure
 from bench.store import Lines, Run, heal, line, parse_line, read_lines, record_line
 from bench.types import Error
@@ -181,7 +181,7 @@ def test_kept_pictures_that_are_not_what_they_were(memory, quick, tally, how):
     replaced(run.store.path(address), how, run.store.get(other))
     assert gallery._tile(run.store, {"picture": address}, False) == {}
     patch = pytest.MonkeyPatch()
-    patch.setattr("bench.execution.suite_of", lambda run: suite)
+    patch.setattr("bench.reduction.suite_of", lambda run: suite)
     with pytest.raises(Error, match=address) as caught:
         remeasure(run, f"{Path(__file__).parents[1] / 'toys.py'}:{Doubled.__name__}")
     patch.undo()

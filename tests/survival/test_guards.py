@@ -146,7 +146,7 @@ GUARDS = {
     ),
     "batches are measured in memory of their own": Guard(
         "bench/worker.py",
-        "with ahead(_owned(self.suite.run(unit, self.model, ctx))) as batches:",
+        "with ahead(owned(self.suite.run(unit, self.model, ctx))) as batches:",
         "with ahead(self.suite.run(unit, self.model, ctx)) as batches:",
         ("tests/survival/test_numbers.py::test_a_model_that_writes_into_its_last_output_changes_no_number",),
     ),

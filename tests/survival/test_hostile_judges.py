@@ -17,7 +17,7 @@ from bench.adapters.endpoint import LONGEST_ASKED, Endpoint
 from bench.adapters.said import choice_of
 from bench.capabilities import FAILURES
 from bench.config import How
-from bench.execution import derive
+from bench.reduction import derive
 from bench.rescore import remeasure
 from bench.types import Stop
 
