@@ -511,18 +511,13 @@ LONGEST_CELL = 1 << 24  # characters; csv's own limit is less than a prompt may 
 
 def dump_scores(scores: Iterable[Score]) -> bytes:
     """scores.csv: one score a line, floats that read back exactly, text that no spreadsheet computes."""
-    from bench.text import csv_cell
+    from bench.text import csv_cell, csv_line
 
     rows: list[Sequence[str]] = [COLUMNS]
     for score in scores:
         values = [getattr(score, name) for name in COLUMNS]
         rows.append([csv_cell(v) if isinstance(v, str) else _cell(v) for v in values])
-    return "".join(",".join(map(_quoted, row)) + "\n" for row in rows).encode("utf-8", "surrogatepass")
-
-
-def _quoted(cell: str) -> str:
-    """csv.writer before Python 3.13 leaves a carriage return bare, and readers end the line there."""
-    return '"' + cell.replace('"', '""') + '"' if any(c in cell for c in ',"\r\n') else cell
+    return "".join(map(csv_line, rows)).encode("utf-8", "surrogatepass")
 
 
 def _cell(value: Any) -> str:

@@ -32,6 +32,8 @@ MASK = "***"
 
 NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+BEGINS = re.compile(f"(?<=[;\t\r\n])(?='*[{re.escape(''.join(FORMULA[:4] + FORMULA[7:]))}])")  # within a text
+BEGUN = re.compile(BEGINS.pattern.replace("(?='*", "'(?='*"))
 
 
 def plain(text: str) -> str:
@@ -126,15 +128,25 @@ def say(text: str = "") -> None:
 
 
 def csv_cell(text: str) -> str:
-    """A cell that no spreadsheet computes: text that could be a formula gets a leading `'`; finite numbers do not."""
-    if not text.startswith((*FORMULA, "'")) or (NUMBER.fullmatch(text) and math.isfinite(float(text))):
+    """A cell that no spreadsheet computes: text that could be a formula gets a `'` before it; finite numbers do not.
+
+    So does what follows a semicolon, a tab or a newline: a cell begins there for those who read by other separators.
+    """
+    if NUMBER.fullmatch(text) and math.isfinite(float(text)):
         return text
-    return "'" + text
+    text = BEGINS.sub("'", text)
+    return "'" + text if text.startswith((*FORMULA, "'")) else text
 
 
 def csv_value(cell: str) -> str:
-    """What `csv_cell` was given: takes exactly one leading `'` off."""
-    return cell.removeprefix("'")
+    """What `csv_cell` was given: takes exactly one `'` off wherever it may have put one."""
+    return BEGUN.sub("", cell.removeprefix("'"))
+
+
+def csv_line(cells: Iterable[str]) -> str:
+    """A line with its newline. csv.writer before Python 3.13 leaves a carriage return bare, and readers end there."""
+    quoted = ('"' + c.replace('"', '""') + '"' if any(x in c for x in ',"\r\n') else c for c in cells)
+    return ",".join(quoted) + "\n"
 
 
 def closest(name: str, names: Iterable[str]) -> str:

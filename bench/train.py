@@ -281,10 +281,12 @@ def not_finite(value: Any, name: str = "state") -> str:
 
 def loss_table(losses: list[dict[str, float]]) -> bytes:
     """CSV: step and each loss; empty where it was not finite."""
-    lines = [",".join(["step", *losses[0]])] if losses else ["step"]
+    from bench.text import csv_cell, csv_line
+
+    lines = [csv_line(["step", *map(csv_cell, losses[0] if losses else ())])]
     for step, row in enumerate(losses):
-        lines.append(",".join([str(step), *(repr(v) if math.isfinite(v) else "" for v in row.values())]))
-    return ("\n".join(lines) + "\n").encode()
+        lines.append(csv_line([str(step), *(repr(v) if math.isfinite(v) else "" for v in row.values())]))
+    return "".join(lines).encode("utf-8", "surrogatepass")
 
 
 def _export(run: Run, trained: Any, facts: Mapping[str, Any], target: Path) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from scipy import stats as peer
 from test_report_toys import BOARD, METRICS, add_run, codec_rows, codec_store, png, write_board
 
-from bench.report import collect, figures, find_board, gallery, load, page, rank, render
+from bench.report import collect, figures, find_board, gallery, load, numbers, rank, render
 from bench.report.board import Board, Column, Rank, read_board
 from bench.store import Store, dump_scores
 from bench.types import Error, Estimate, Record, Score, UsageError
@@ -457,7 +457,7 @@ def test_a_column_of_another_mean_is_not_taken_for_the_score(tmp_path):
     ],
 )
 def test_numbers(value, digits, text):
-    assert page.number(value, digits) == text
+    assert numbers.number(value, digits) == text
 
 
 @pytest.mark.parametrize(
@@ -472,14 +472,14 @@ def test_numbers(value, digits, text):
     ],
 )
 def test_intervals(low, high, text):
-    assert page.interval(score(low=low, high=high), 2) == text
+    assert numbers.interval(score(low=low, high=high), 2) == text
 
 
 def test_digits_follow_the_interval_or_the_board():
     cell = collect.Cell(score(low=29.93, high=30.07), None)
-    assert page.digits_for(Column("s", "m"), [cell]) == 3
-    assert page.digits_for(Column("s", "m", digits=1), [cell]) == 1
-    assert page.digits_for(Column("s", "m"), [collect.Cell(score(value=0.0123, low=None, high=None), None)]) == 4
+    assert numbers.digits_for(Column("s", "m"), [cell]) == 3
+    assert numbers.digits_for(Column("s", "m", digits=1), [cell]) == 1
+    assert numbers.digits_for(Column("s", "m"), [collect.Cell(score(value=0.0123, low=None, high=None), None)]) == 4
 
 
 # -- figures

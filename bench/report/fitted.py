@@ -94,7 +94,7 @@ def _csv(rows: Any) -> bytes:
 def _page(finding: Finding, drawings: list[Any], estimates: bytes) -> str:
     from markupsafe import Markup
 
-    from bench.report.page import data_url, environment, policy
+    from bench.report.html import data_url, environment, policy
     from bench.text import mask
 
     style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")

@@ -35,7 +35,7 @@ from bench import text as text_module
 from bench.report import collect, figures, fitted, load, render, tables
 from bench.report.board import Column, read_board
 from bench.report.fitted import write_finding
-from bench.report.page import environment
+from bench.report.html import environment
 from bench.show import columns
 from bench.store import Store, dump_scores, parse_line, parse_record, parse_scores, record_line, run_id
 from bench.text import csv_value, mask, plain
