@@ -194,7 +194,7 @@ def _record(
     Records that are ready together are made durable together, before any of their workers is given another unit.
     What comes twice is ignored; what other code measured stops the run.
     """
-    from bench.store import record_line
+    from bench.records import record_line
 
     allowed = max(LEAST_FAILURES, how.max_failures * len(pending))
     awaited = {run.key(u): u for u in pending}

@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import stat
+import struct
 import tarfile
 import time
 import zipfile
@@ -230,15 +231,9 @@ def unpack(archive: Path, folder: Path, max_files: int, max_bytes: int) -> int:
                         raise _bomb(archive, max_bytes)
                     file.write(data)
 
-    broken = (
-        zipfile.BadZipFile,
-        tarfile.TarError,
-        EOFError,
-        zlib.error,
-        lzma.LZMAError,
-        NotImplementedError,
-        RuntimeError,
-    )
+    # what the libraries raise on damaged archives
+    broken = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError)
+    broken += (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
     try:
         door.replace_folder(folder, fill)
     except Error as e:

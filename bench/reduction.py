@@ -9,7 +9,8 @@ from typing import Any
 
 from bench import door, registry
 from bench.prepare import set_digest
-from bench.store import Run, dump_scores
+from bench.scores import dump_scores
+from bench.store import Run
 from bench.suite import Suite
 from bench.types import Error, Score
 
@@ -66,8 +67,8 @@ def _flagged(scores: Iterable[Score], table: Any) -> list[Score]:
 
 def later_metrics(run: Run) -> list[Any]:
     """The metrics that `rescore --metric` added to a run."""
+    from bench.records import read_lines
     from bench.rescore import open_metric
-    from bench.store import read_lines
 
     names = []
     for path in sorted((run.path / "extra").glob("*.jsonl")):

@@ -21,7 +21,7 @@ from typing import Any
 from bench import door
 from bench.capabilities import Answer, ChatModel, Completion, VQAModel, has
 from bench.identity import canonical, digest
-from bench.store import heal, line, parse_line
+from bench.records import heal, line, parse_line
 from bench.types import Error, Json, Stop, UsageError
 
 MODES = {
@@ -109,7 +109,7 @@ class Replies:
             with open(path, "rb") as file:
                 offset = 0
                 for raw in file:
-                    value = parse_line(raw.rstrip(b"\n"))
+                    value = _told(raw)
                     if value is not None:
                         yield path, offset, value
                     offset += len(raw)
@@ -121,7 +121,7 @@ class Replies:
                 return None
             with contextlib.suppress(OSError), open(place[0], "rb") as file:
                 file.seek(place[1])
-                value = parse_line(file.readline().rstrip(b"\n"))
+                value = _told(file.readline())
                 if value is not None and value.get("key") == key:
                     return value
             self._places = None  # another process healed its file: lines have moved
@@ -196,6 +196,13 @@ class Recorded:
             reply["probabilities"] = [float(p) for p in reply["probabilities"]]
         self._replies.keep(request, reply, time.monotonic() - begin)
         return found
+
+
+def _told(raw: bytes) -> dict[str, Any] | None:
+    """What a line holds of a request and its reply; None where it is damaged or holds something else."""
+    value = parse_line(raw.rstrip(b"\n"))
+    whole = value is not None and isinstance(value.get("request"), dict) and isinstance(value.get("reply"), dict)
+    return value if whole else None
 
 
 def _pixels(image: Any) -> dict[str, Json]:

@@ -14,8 +14,9 @@ from typing import Any
 from bench import door, registry
 from bench.config import How, convert, field_types
 from bench.identity import digest, slug
+from bench.records import heal, line
 from bench.replies import Replies
-from bench.store import Run, heal, line
+from bench.store import Run
 from bench.types import Error, Record, Unit, UsageError
 
 BESIDE = ("-withheld", "-failure", "-reply", "-tries")  # columns that tell of a value: why it is null, what it took

@@ -12,23 +12,21 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import gc
 import io
 import itertools
 import json
 import re
 import stat
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench import door
-from bench.identity import FileDigests, canonical, digest, slug, unit_key
+from bench.identity import FileDigests, digest, slug, unit_key
+from bench.records import are, heal, is_later, line, parse_line, parse_record, read_lines, uncollected
+from bench.scores import dump_scores, parse_scores
 from bench.types import Error, Json, Record, Score, Table, Unit
 
 if TYPE_CHECKING:
@@ -36,9 +34,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 SUFFIXES = frozenset({".png", ".npy", ".json", ".bin", ".txt"})
-ENDING = re.compile(rb',"crc":"[0-9a-f]{8}"\}')
-LINES_AT_A_TIME = 500
-STARTS = 16  # places tried for the beginning of a line that lost its newline
 ADDRESS = re.compile(r"([0-9a-f]{64})(\.[a-z]{3,4})")
 
 
@@ -165,7 +160,8 @@ class Store:
             value = parse_line(self._shared(address).read_bytes().rstrip(b"\n"))
         except OSError:
             return None
-        return value if value and all(map(self.has, value["blobs"].values())) else None
+        whole = value is not None and are(value.get("rows"), list, dict) and are(value.get("blobs"), dict, str)
+        return value if whole and all(map(self.has, value["blobs"].values())) else None
 
     def remember(self, address: str, rows: Sequence[Mapping[str, Json]], blobs: Mapping[str, str]) -> None:
         """Keeps what a unit gave under a digest of all that decides it."""
@@ -218,16 +214,9 @@ def _read_meta(path: Path) -> dict[str, Any]:
         wrong = [n for n, kind in kinds.items() if not (isinstance(where, dict) and isinstance(where.get(n), kind))]
         if wrong:
             raise Error(f"{path} is damaged: it has no {wrong[0]}", hint=aside)
+    if not are(meta["manifests"], list, dict):
+        raise Error(f"{path} is damaged: its manifests are no tables", hint=aside)
     return meta
-
-
-@dataclass(frozen=True)
-class Damage:
-    """What reading a log found wrong."""
-
-    torn: int = 0  # bytes of an unfinished last line
-    bad: tuple[bytes, ...] = ()  # whole lines that fail their checksum
-    unended: bool = False  # the last line is whole, but for its newline
 
 
 class Run:
@@ -280,7 +269,7 @@ class Run:
     def records(self) -> dict[str, Record]:
         """Per key: ok beats failed, later beats earlier. Damaged lines are passed over."""
         found: dict[str, Record] = {}
-        with _uncollected():
+        with uncollected():
             for path in sorted(self.path.glob("units*.jsonl")):
                 for value in read_lines(path)[0]:
                     record = parse_record(value)
@@ -309,7 +298,8 @@ class Run:
         extra = self.extra()
         rows = []
         for record in records:
-            columns = extra.get(record.key, {}).get("columns", {})
+            later = extra.get(record.key, {}).get("columns", {})
+            columns = {name: values for name, values in later.items() if len(values) == len(record.rows)}
             for i, row in enumerate(record.rows):
                 rows.append({**row, "unit": record.unit, **{name: values[i] for name, values in columns.items()}})
 
@@ -333,7 +323,7 @@ class Run:
         """Per key the columns, blobs and metrics that `rescore` added; later beats earlier."""
         found: dict[str, dict[str, dict[str, Any]]] = {}
         for path in sorted((self.path / "extra").glob("*.jsonl")):
-            for value in read_lines(path)[0]:
+            for value in filter(is_later, read_lines(path)[0]):
                 into = found.setdefault(value["key"], {"columns": {}, "blobs": {}, "metrics": {}})
                 into["columns"].update(value["columns"])
                 into["blobs"].update(value["blobs"])
@@ -366,188 +356,3 @@ class Run:
         """Were all units measured, and every score over all items?"""
         scores = self.scores()
         return bool(scores) and all(s.complete for s in scores) and not self.failures()
-
-
-# -- lines with checksums
-
-
-def line(value: Mapping[str, Json]) -> bytes:
-    """One JSON object with the CRC-32 of what stands before it as its last member, and a newline."""
-    body = canonical(value).encode("utf-8", "surrogatepass")[:-1]
-    return body + b',"crc":"%08x"}\n' % zlib.crc32(body)
-
-
-def record_line(record: Record) -> bytes:
-    return line({f.name: getattr(record, f.name) for f in fields(Record)})
-
-
-def parse_record(value: Mapping[str, Any]) -> Record | None:
-    """The record of a line's object; None where it is no record."""
-    known = {name: value[name] for name in RECORD if name in value}
-    if not ("key" in known and "unit" in known and "status" in known):
-        return None
-    known["rows"] = tuple(known.get("rows", ()))
-    return Record(**known)
-
-
-RECORD = tuple(f.name for f in fields(Record))
-
-
-def is_whole(raw: bytes) -> bool:
-    """Does a line without its newline have the checksum that it names?"""
-    return raw[-2:] == b'"}' and raw[-18:-10] == b',"crc":"' and b"%08x" % zlib.crc32(raw[:-18]) == raw[-10:-2]
-
-
-def parse_line(raw: bytes) -> dict[str, Any] | None:
-    """The object of a line without its newline; None when it is damaged."""
-    if not is_whole(raw):
-        return None
-    try:
-        value = json.loads(raw[:-18] + b"}")
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-class Lines:
-    """The whole lines of a log in order, without their newlines; `damage` says, at the end, what was wrong.
-
-    Only checksums are looked at, and one line at a time: a log of any length is checked at the speed of the disk.
-    """
-
-    def __init__(self, path: Path):
-        self.path, self.damage = path, Damage()
-
-    def __iter__(self) -> Iterator[bytes]:
-        bad: list[bytes] = []
-        torn, unended = 0, False
-        with open(self.path, "rb") if self.path.is_file() else io.BytesIO() as file:
-            for raw in file:
-                line = raw.removesuffix(b"\n")
-                if is_whole(line):
-                    unended = line is raw
-                    yield line
-                elif line is raw:
-                    torn = len(raw)
-                elif line:
-                    yield from _joined(line)
-                    bad.append(line)
-        self.damage = Damage(torn, tuple(bad), unended)
-
-
-def _joined(raw: bytes) -> Iterator[bytes]:
-    """The whole lines within one that is damaged: a lost newline joins lines."""
-    at = 0
-    for ending in ENDING.finditer(raw):
-        start = at
-        for _ in range(STARTS):
-            start = raw.find(b"{", start, ending.start())
-            if start < 0:
-                break
-            if is_whole(raw[start : ending.end()]):
-                yield raw[start : ending.end()]
-                break
-            start += 1
-        at = ending.end()
-
-
-def read_lines(path: Path) -> tuple[list[dict[str, Any]], Damage]:
-    """All whole objects of a log in order, and what was damaged. Never raises for damage."""
-    lines, values = Lines(path), []
-    with _uncollected():
-        rest = iter(lines)
-        while block := list(itertools.islice(rest, LINES_AT_A_TIME)):
-            values += _parsed(block)
-    return values, lines.damage
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without the search for cycles, of which parsed JSON has none: it takes as long as the parsing."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
-
-
-def _parsed(lines: Sequence[bytes]) -> list[dict[str, Any]]:
-    """The objects of whole lines, parsed together where that goes: one call for many is faster."""
-    with contextlib.suppress(ValueError, RecursionError):
-        text = b"[" + b"},".join(raw[:-18] for raw in lines) + b"}]"
-        values = json.loads(text.decode("utf-8", "surrogatepass"))
-        if len(values) == len(lines) and all(isinstance(v, dict) for v in values):
-            return values
-    return [value for raw in lines if (value := parse_line(raw)) is not None]
-
-
-def heal(path: Path) -> Damage:
-    """Cuts an unfinished last line; sets damaged lines aside in `<name>.bad`. Doing it twice changes nothing more."""
-    if not path.exists():
-        return Damage()
-    lines = Lines(path)
-    for _ in lines:
-        pass
-    damage = lines.damage
-    if damage.bad:
-        aside = path.with_name(path.name + ".bad")
-        known = aside.read_bytes().split(b"\n") if aside.exists() else []
-        new = [raw for raw in dict.fromkeys(damage.bad) if raw not in known]
-        door.replace(aside, b"".join(raw + b"\n" for raw in [*filter(None, known), *new]))
-    if damage.bad or damage.unended:
-        door.replace(path, b"".join(raw + b"\n" for raw in lines))
-    elif damage.torn:
-        door.truncate(path, path.stat().st_size - damage.torn)
-    return damage
-
-
-# -- scores.csv
-
-COLUMNS = tuple(f.name for f in fields(Score))
-LONGEST_CELL = 1 << 24  # characters; csv's own limit is less than a prompt may have that names a slice
-
-
-def dump_scores(scores: Iterable[Score]) -> bytes:
-    """scores.csv: one score a line, floats that read back exactly, text that no spreadsheet computes."""
-    from bench.text import csv_cell, csv_line
-
-    rows: list[Sequence[str]] = [COLUMNS]
-    for score in scores:
-        values = [getattr(score, name) for name in COLUMNS]
-        rows.append([csv_cell(v) if isinstance(v, str) else _cell(v) for v in values])
-    return "".join(map(csv_line, rows)).encode("utf-8", "surrogatepass")
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return repr(value)
-
-
-def parse_scores(data: bytes, where: Path | str = "scores.csv") -> list[Score]:
-    """What dump_scores wrote; raises Error naming file and line. Columns that are missing take their default."""
-    from bench.text import csv_value
-
-    convert = {
-        "int": int,
-        "bool": lambda t: {"true": True, "false": False}[t],
-        "float | None": lambda t: float(t) if t else None,
-        "str": csv_value,
-    }
-    kinds = {f.name: convert[str(f.type)] for f in fields(Score)}
-    scores: list[Score] = []
-    reader = csv.DictReader(())
-    csv.field_size_limit(LONGEST_CELL)
-    try:
-        text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogatepass")
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        for row in reader:
-            scores.append(Score(**{k: kinds[k](v) for k, v in row.items() if k in kinds}))
-    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as e:
-        hint = "it must have the columns " + ", ".join(COLUMNS)
-        raise Error(f"{where} line {reader.line_num}: {type(e).__name__}: {str(e)[:200]}", hint=hint) from None
-    return scores

@@ -13,7 +13,7 @@ from toys import command
 
 from bench import Store
 from bench.cli import VERBS
-from bench.store import parse_scores
+from bench.scores import parse_scores
 
 TOYS = str(Path(toys.__file__).resolve())
 BENCH = [sys.executable, "-m", "bench"]

@@ -18,7 +18,7 @@ from bench.execution import Observer, parse_shard, resolve_devices
 from bench.identity import seed_for, unit_key
 from bench.prepare import prepare
 from bench.reduction import derive
-from bench.store import parse_scores
+from bench.scores import parse_scores
 
 TOYS = str(Path(toys.__file__).resolve())
 CPU = How(devices="cpu", threads=1)

@@ -17,7 +17,8 @@ from test_report_toys import BOARD, METRICS, add_run, codec_rows, codec_store, p
 
 from bench.report import collect, figures, find_board, gallery, load, numbers, rank, render
 from bench.report.board import Board, Column, Rank, read_board
-from bench.store import Store, dump_scores
+from bench.scores import dump_scores
+from bench.store import Store
 from bench.types import Error, Estimate, Record, Score, UsageError
 
 

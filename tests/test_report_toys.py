@@ -10,7 +10,8 @@ from PIL import Image
 
 from bench import stats
 from bench.identity import digest
-from bench.store import Store, record_line
+from bench.records import record_line
+from bench.store import Store
 from bench.types import Record, Score
 
 

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from bench import door
 from bench.identity import digest
-from bench.store import COLUMNS, Run, Store, dump_scores, heal, parse_line, parse_scores, read_lines, record_line
+from bench.records import heal, parse_line, read_lines, record_line
+from bench.scores import COLUMNS, dump_scores, parse_scores
+from bench.store import Run, Store
 from bench.types import Error, Record, Score, Stop, Unit
 
 SPEC = {"suite": "drawing", "suite_version": 1, "fields": {"num": 4}, "data": None, "seed": 0, "limit": None}

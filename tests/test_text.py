@@ -37,6 +37,8 @@ def test_plain_shows_what_was_there():
 @example("''")
 @example("-3.5e")
 @example("+1e999")
+@example(";'=1+1")
+@example("';=1;\n''-1\r\n@A1")
 def test_csv_cells_round_trip_and_start_no_formula(text):
     buffer = io.StringIO(newline="")
     csv.writer(buffer).writerow([csv_cell(text), "end"])
@@ -58,10 +60,17 @@ def test_finite_numbers_are_not_touched(number):
 
 
 @pytest.mark.parametrize(
-    "text", ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "－1", "-inf", "+nan"]
+    "text", ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t1", "\r1", "－1", "-inf", "+nan"]
 )
 def test_formulas_are_neutral(text):
     assert csv_cell(text) == "'" + text
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "\n", "\r\n"])
+def test_formulas_are_neutral_where_another_separator_begins_a_cell(separator):
+    """A spreadsheet set to semicolons opens a CSV with commas, too, and quotes within its cells end none."""
+    assert csv_cell(f"x{separator}=1+1") == f"x{separator}'=1+1"
+    assert csv_cell(f"x{separator} y, a-1") == f"x{separator} y, a-1"
 
 
 @pytest.fixture

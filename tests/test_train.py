@@ -160,6 +160,10 @@ def test_loss_table_is_exact_and_leaves_gaps():
     assert rows == ["step,loss", f"0,{1 / 3!r}", "1,"] and float(rows[1].split(",")[1]) == 1 / 3
 
 
+def test_names_in_a_loss_table_stay_cells_and_start_no_formula():
+    assert loss_table([{"=1+1": 0.5, 'a,"b"\n': 0.25}]).decode() == "step,'=1+1,\"a,\"\"b\"\"\n\"\n0,0.5,0.25\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_in_the_middle_of_a_step(whole, tmp_path, number):
     """The step is finished and saved, then the signal does what it does without us."""

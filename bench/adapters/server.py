@@ -121,7 +121,8 @@ def retry_after(text: str | None) -> float | None:
     """Seconds of a Retry-After header, which may be a date; None where there is none that can be read."""
     if text is None:
         return None
-    if NUMBER.fullmatch(text.strip()):
+    text = text.strip()
+    if NUMBER.fullmatch(text):
         return float(text)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())

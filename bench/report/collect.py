@@ -120,7 +120,7 @@ def load(path: str | Path) -> list[Score]:
 
 def read_scores(file: Path, own: bool) -> list[Score]:
     """Rows of a CSV file, checked; `own` believes the column `source`."""
-    from bench.store import parse_scores
+    from bench.scores import parse_scores
 
     hint = "it must be a scores.csv in UTF-8, with a row per score"
     try:

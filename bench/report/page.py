@@ -83,7 +83,7 @@ def render(board: str | Path | Board, store: Any = None, out: Path | None = None
 
 def draw(found: Collection) -> dict[str, bytes]:
     """Every file of the board by its relative name; nothing is written."""
-    from bench.store import dump_scores
+    from bench.scores import dump_scores
 
     board = found.board
     differences = rank.Differences(found)

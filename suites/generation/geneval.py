@@ -86,7 +86,7 @@ def parse(tag: str | None, include: Any, exclude: Any = ()) -> Task:
 def _entries(name: str, value: Any) -> tuple[Wanted, ...]:
     try:
         value = json.loads(value) if isinstance(value, str) and value else value or ()
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{name} is no JSON: {e}") from None
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ValueError(f"{name} must be a list")
@@ -101,9 +101,10 @@ def _wanted(at: str, entry: Any) -> Wanted:
         raise ValueError(f"{at}: count is {count!r}, it must be 1 or more")
     if colour and colour not in COLOURS:
         raise ValueError(f"{at}: color {colour!r} is not one of {', '.join(COLOURS)}")
-    relation, target = entry.get("position") or ("", 0)
+    place = entry.get("position") or ("", 0)
+    relation, target = place if isinstance(place, list | tuple) and len(place) == 2 else (place, -1)
     if relation and (relation not in RELATIONS or type(target) is not int or target < 0):
-        raise ValueError(f"{at}: position {entry['position']!r} is not [one of {', '.join(RELATIONS)}, an index]")
+        raise ValueError(f"{at}: position {place!r} is not [one of {', '.join(RELATIONS)}, an index]")
     return Wanted(entry["class"], count, colour, relation, target)
 
 

@@ -230,6 +230,8 @@ def _from_csv(text: str, path: Path) -> list[dict[str, Any]]:
         lines = [line for line in reader if any(cell.strip() for cell in line)]
     except csv.Error as e:
         raise TableError(f"{path}: {e}") from None
+    if not lines:
+        raise TableError(f"{path} is empty")
     longest = max(len(cell) for line in lines for cell in line)
     if longest > LONGEST_CELL:  # the limit of the csv module is the process's, whoever set it
         raise TableError(f"{path}: a cell is larger than {LONGEST_CELL:,} characters")

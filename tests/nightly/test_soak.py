@@ -13,7 +13,7 @@ import pytest
 import toys
 from faults import the_run, truth
 
-from bench.store import heal
+from bench.records import heal
 
 pytestmark = pytest.mark.nightly
 TOYS = str(Path(toys.__file__).resolve())

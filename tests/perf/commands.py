@@ -79,8 +79,8 @@ def multiply(store, crops: Path, count: int) -> None:
     from bench.config import How
     from bench.execution import Observer, execute
     from bench.identity import digest, unit_key
+    from bench.records import record_line
     from bench.reduction import derive
-    from bench.store import record_line
     from suites.noise import Noise
 
     suite = Noise(data=f"image-folder:{crops}")

@@ -26,7 +26,8 @@ from bench.config import How
 from bench.engine import Crew, Handle
 from bench.execution import Observer
 from bench.identity import unit_key
-from bench.store import Store, heal
+from bench.records import heal
+from bench.store import Store
 from bench.types import Record
 
 WORKERS = 1000

@@ -12,7 +12,8 @@ from pathlib import Path
 from measure import QUICK, Row, write
 
 from bench.door import Appender
-from bench.store import Run, Store, heal, record_line
+from bench.records import heal, record_line
+from bench.store import Run, Store
 from bench.types import Record, Unit
 
 RECORDS = 2_000 if QUICK else 100_000

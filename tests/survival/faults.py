@@ -107,7 +107,7 @@ def truth(run):
 
 def lines_of(run):
     """The keys on all whole lines of a run's logs, repeats included."""
-    from bench.store import read_lines
+    from bench.records import read_lines
 
     return [v["key"] for path in sorted(run.path.glob("units*.jsonl")) for v in read_lines(path)[0]]
 

@@ -38,8 +38,8 @@ from faults import (
 )
 
 from bench import Store
+from bench.records import heal, record_line
 from bench.reduction import derive
-from bench.store import heal, record_line
 from bench.types import Error
 
 TOYS = str(Path(toys.__file__).resolve())

@@ -13,9 +13,10 @@ from faults import Wordy, measure, the_run, truth
 from toys import Doubled, Drawing
 
 from bench.config import How
+from bench.records import Lines, heal, line, parse_line, read_lines, record_line
 from bench.reduction import derive
 from bench.rescore import remeasure
-from bench.store import Lines, Run, heal, line, parse_line, read_lines, record_line
+from bench.store import Run
 from bench.types import Error
 
 SUITE = Wordy(num=8)

@@ -67,7 +67,7 @@ GUARDS = {
         (f"{STORE}::test_the_second_writer_is_told_host_and_pid_and_the_next_one_starts_after_a_death",),
     ),
     "a line has the checksum that it names": Guard(
-        "bench/store.py",
+        "bench/records.py",
         'b"%08x" % zlib.crc32(raw[:-18]) == raw[-10:-2]',
         "len(raw) > 18",
         (f"{STORE}::test_a_damaged_middle_line_is_set_aside_once_and_nothing_after_it_is_dropped",),

@@ -18,7 +18,7 @@ from bench.manifest_format import CROPS, EXTRACTOR, FETCH, HEADER, WEIGHTS, WORL
 from bench.report import board as boards
 from bench.report import collect
 from bench.report.collect import read_scores
-from bench.store import dump_scores
+from bench.scores import dump_scores
 from bench.types import Error, Score
 
 SEED = 4

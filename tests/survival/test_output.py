@@ -32,12 +32,14 @@ from test_report_toys import BOARD, add_run, codec_rows, write_board
 import bench.report
 from bench import Error, cli
 from bench import text as text_module
+from bench.records import parse_line, parse_record, record_line
 from bench.report import collect, figures, fitted, load, render, tables
 from bench.report.board import Column, read_board
 from bench.report.fitted import write_finding
 from bench.report.html import environment
+from bench.scores import dump_scores, parse_scores
 from bench.show import columns
-from bench.store import Store, dump_scores, parse_line, parse_record, parse_scores, record_line, run_id
+from bench.store import Store, run_id
 from bench.text import csv_value, mask, plain
 from bench.types import Estimate, Figure, Finding, Record, Score
 
