@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
-import io
 import os
 import re
-import shutil
-import textwrap
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench import door, images
-from bench.identity import FileDigests, digest, file_digest
+from bench import images
+from bench.identity import FileDigests, digest
 from bench.manifest_format import (
     SHA256,
     check_name,
@@ -27,19 +22,16 @@ from bench.manifest_format import (
     prepare_of,
     read_header,
     read_rows,
-    read_text,
-    read_weights,
     suggest,
 )
+from bench.manifest_places import find, root_of
 from bench.manifest_world import FIRST, WorldItems
 from bench.types import Error, Item, UsageError
 
 if TYPE_CHECKING:
-    from bench.fetch import Progress
+    pass
 
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
 FOLDER = "image-folder:"
-UNVERIFIED = ".unverified"
 MOST_CROPS = 1_000_000  # of a manifest
 
 OWN_COLUMNS = ("id", "path", "sha256", "width", "height", "cluster", "text", "label")  # the others are attributes
@@ -194,7 +186,7 @@ class Manifest:
         return Error(f"data {self.name}: {path} is missing{more}", hint=self._next_step())
 
     def _next_step(self) -> str:
-        return _how_to_get(self.name, self._header)
+        return how_to_get(self.name, self._header)
 
 
 def load(name: str, data_root: Path | None = None, digests: FileDigests | None = None) -> Manifest:
@@ -227,7 +219,7 @@ def load(name: str, data_root: Path | None = None, digests: FileDigests | None =
 
 def _world(name: str, path: Path, header: Mapping[str, Any]) -> Manifest:
     """Items that are drawn: nothing lies on disk but the seed, the count and the hashes of what comes out."""
-    found = f"sha256:{_world_digest(header)}"
+    found = f"sha256:{world_digest(header)}"
     if header["locked"] and header.get("digest") != found:
         message = f"{path}: digest is {header.get('digest', 'missing')}, but the content has {found}"
         raise Error(message, hint=f"it was edited; if that is meant: bench data lock {name}")
@@ -235,17 +227,7 @@ def _world(name: str, path: Path, header: Mapping[str, Any]) -> Manifest:
     return Manifest(name, header, _DrawnEntries(drawn), found, drawn)
 
 
-def _lock_world(path: Path, header: dict[str, Any]) -> Path:
-    drawn = WorldItems(header["world"])
-    pixels = {"pixels": drawn.digest(), "first_pixels": drawn.digest(FIRST)}
-    fields = {**pixels, "digest": f"sha256:{_world_digest({**header, **pixels})}"}
-    text = _set_fields(read_text(path), {**{k: f'"{v}"' for k, v in fields.items()}, "locked": "true"})
-    folder = _own_folder(path)
-    door.replace(folder / path.name, text.encode())
-    return folder / path.name
-
-
-def _world_digest(header: Mapping[str, Any]) -> str:
+def world_digest(header: Mapping[str, Any]) -> str:
     return content_digest(header, [{"pixels": header.get("pixels", ""), "items": str(header["world"]["items"])}])
 
 
@@ -265,255 +247,13 @@ class _DrawnEntries(Mapping[str, Entry]):
         return Entry(self._items[id])
 
 
-def fetch(name: str, progress: Progress | None = None, data_root: Path | None = None, loopback: bool = False) -> str:
-    """Brings the files of a manifest, of `weights/<name>`, or of `hf:owner/name@commit` onto this machine.
-
-    What no SHA-256 vouches for stays under `<file>.unverified` until `bench data lock` accepts it. Returns a sentence
-    to print. Raises Error; for data behind a licence it says where to get it and how to lay it out.
-    """
-    from bench.fetch import download, hub
-
-    if name.startswith("hf:"):
-        return f"{name} is in {hub(name)}"
-    path = find(name)
-    if name.startswith("weights/"):
-        header = read_weights(path)
-        parts, folder = [header], data_folder(data_root) / "weights"
-    else:
-        header = read_header(path)
-        parts, folder = header.get("fetch", []), root_of(header, data_root)
-    if not parts:
-        raise Error(f"{name} cannot be fetched for you", hint=_how_to_get(name, header))
-    waiting = []
-    for part in parts:
-        target = _target(part, folder)
-        sha256 = part.get("sha256", "")
-        if "unpack" in part and any(_pictures(folder)):  # archives are unpacked as a whole or not at all
-            continue
-        if sha256 or header["locked"]:  # of locked data each item has a hash
-            download(part["url"], target, sha256, part.get("bytes", 0), progress, loopback)
-            if "unpack" in part:
-                _unpack(part, folder)
-        else:
-            target = target.with_name(target.name + UNVERIFIED)
-            found = download(part["url"], target, "", part.get("bytes", 0), progress, loopback)
-            waiting.append(f"{target.name} has sha256 {found}")
-    if waiting:
-        more = f" and {len(waiting) - 3} more" if len(waiting) > 3 else ""
-        listed = "; ".join(waiting[:3]) + more
-        return f"{target.parent}: {listed}. Nobody vouches for it: if it is what you expect, bench data lock {name}"
-    return f"{name} is in {folder}" + ("" if header["locked"] else f"; next: bench data lock {name}")
-
-
-def lock(name: str, data_root: Path | None = None) -> Path:
-    """Accepts what lies there: decodes every item once, writes what pins it (SHA-256, width, height) into the items CSV
-    and the digest into the TOML; of weights the SHA-256 and size. Returns the TOML's path.
-
-    Without a CSV the items are the pictures below `root`. Raises Error for the first item that cannot be read; then
-    the manifest is not changed.
-    """
-    path = find(name)
-    if name.startswith("weights/"):
-        return _lock_weights(name, path, data_root)
-    header = read_header(path)
-    if header["kind"] == "world":
-        return _lock_world(path, header)
-    root = root_of(header, data_root)
-    _accept(header.get("fetch", []), root)
-    items = path.with_name(f"{name}.items.csv")
-    rows = read_rows(items) if items.exists() else [{"id": id} for id in _relative_pictures(root)]
-    if not rows:
-        raise Error(f"{name}: there is nothing to lock in {root}", hint=_how_to_get(name, header))
-    if header["kind"] != "prompts":
-        for row in rows:
-            file = _path_of(f"{items}: item {row['id']}", header["kind"], row, root)
-            data = images.read_bytes(file)
-            height, width = images.read(data, name=str(file)).shape[:2]
-            row.update(sha256=digest(data), width=str(width), height=str(height))
-    fields = {"digest": f'"sha256:{content_digest(header, rows)}"', "locked": "true"}
-    text = _set_fields(read_text(path), fields)
-    folder = _own_folder(path)
-    door.replace(folder / items.name, _csv_bytes(rows))
-    door.replace(folder / path.name, text.encode())
-    return folder / path.name
-
-
-def verify(name: str, data_root: Path | None = None, digests: FileDigests | None = None) -> str:
-    """Reads and decodes every item, or hashes the weights; returns a sentence to print. Raises Error naming what is
-    missing or changed."""
-    if name.startswith("weights/"):
-        return f"{weights_path(name.removeprefix('weights/'), data_root)} is as locked"
-    manifest = load(name, data_root, digests)
-    manifest.check()
-    if manifest._drawn is not None:
-        manifest._compare_drawn("pixels", manifest._drawn.digest())
-        return f"{name}: {len(manifest):,} items, all drawn as locked"
-    for id in manifest.ids():
-        if manifest.item(id).path is not None:
-            manifest.read(id)
-    return f"{name}: {len(manifest):,} items in {manifest.num_clusters():,} clusters, all as locked"
-
-
-_digests = FileDigests()  # metrics ask for their weights with every batch, and a file may have a gigabyte
-
-
-def weights_path(name: str, data_root: Path | None = None) -> Path:
-    """The file of `data_manifests/weights/<name>.toml` whose SHA-256 was checked; raises Error with the fetch line."""
-    header = read_weights(find(f"weights/{name}"))
-    target = data_folder(data_root) / "weights" / header["file"]
-    for path in (target, *map(_package_file, header.get("packaged", []))):
-        if header["locked"] and path.is_file() and _digests.of(path) == header["sha256"]:
-            return path
-    if header["locked"] and target.is_file():
-        raise Error(f"{target} is not the locked file", hint=f"remove it; then bench data fetch weights/{name}")
-    state = "missing" if header["locked"] else "not locked"
-    raise Error(f"weights {name} are {state}", hint=_how_to_get(f"weights/{name}", header))
-
-
-def extractor_table(name: str) -> Mapping[str, Any]:
-    """The checked table `[extractor]` of a weights manifest; raises UsageError where there is none of that name."""
-    header = read_weights(find(f"weights/{name}")) if name in _known("weights") else {}
-    if "extractor" in header:
-        return header["extractor"]
-    known = [n for n in _known("weights") if "[extractor]" in read_text(find(f"weights/{n}"))]
-    own = "embedded, mini-classifier, mini-clip, inception-RESIZE"
-    hint = f"{own}, {', '.join(known)}; or write data_manifests/weights/NAME.toml with a table [extractor]"
-    raise UsageError(f"no feature network is called {name!r}{suggest(name, known)}", hint=hint)
-
-
-def _lock_weights(name: str, path: Path, data_root: Path | None) -> Path:
-    header = read_weights(path)
-    folder = data_folder(data_root) / "weights"
-    _accept([header], folder)
-    target = folder / header["file"]
-    if not target.is_file():
-        raise Error(f"{target} is missing", hint=f"bench data fetch {name}")
-    fields = {"sha256": f'"{file_digest(target)}"', "bytes": str(target.stat().st_size), "locked": "true"}
-    place = _own_folder(path)
-    door.replace(place / path.name, _set_fields(read_text(path), fields).encode())
-    return place / path.name
-
-
-def _weights_state(name: str) -> dict[str, str]:
-    header = read_weights(find(name))
-    there = (data_folder() / "weights" / header["file"]).is_file()
-    there = there or any(_package_file(p).is_file() for p in header.get("packaged", []))
-    state = "not locked" if not header["locked"] else "ready" if there else "not fetched"
-    return {"items": "1", "state": state, "license": _short(header["license"])}
-
-
-def _accept(parts: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Gives unverified downloads their names, and unpacks archives among them."""
-    for part in parts:
-        target = _target(part, folder)
-        waiting = target.with_name(target.name + UNVERIFIED)
-        if waiting.is_file():
-            os.replace(waiting, target)
-            if "unpack" in part:
-                _unpack(part, folder)
-
-
-def _target(part: Mapping[str, Any], folder: Path) -> Path:
-    """Where a download goes: an archive beside the folder whose place its content takes."""
-    return (folder.with_name(f"{folder.name}.download") if "unpack" in part else folder) / part["file"]
-
-
-def _unpack(part: Mapping[str, Any], folder: Path) -> None:
-    from bench.fetch import unpack
-
-    archive = _target(part, folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise Error(f"{folder} is not empty, so {archive} was not unpacked", hint="move what is there, then try again")
-    unpack(archive, folder, part["unpack"]["files"], part["unpack"]["bytes"])
-    shutil.rmtree(archive.parent)
-
-
-def _own_folder(path: Path) -> Path:
-    """Where a manifest may be written: beside itself, or below the working folder if it came with the package."""
-    folder = path.parent
-    if "_data" not in path.parts:
-        return folder
-    own = Path.cwd() / "data_manifests" / ("weights" if folder.name == "weights" else "")
-    door.make_folder(own)
-    return own
-
-
-def names() -> list[tuple[str, dict[str, str]]]:
-    """The manifests by name, weights too, with what a list shows of them: items, state, license."""
-    rows = []
-    for name in [*_known("."), *(f"weights/{n}" for n in _known("weights"))]:
-        try:
-            rows.append((name, _weights_state(name) if name.startswith("weights/") else _data_state(name)))
-        except Error as e:
-            rows.append((name, {"items": "", "state": f"broken: {e}", "license": ""}))
-    return rows
-
-
-def _known(folder: str) -> list[str]:
-    return sorted({p.stem for place in folders() for p in (place / folder).glob("*.toml")})
-
-
-def _data_state(name: str) -> dict[str, str]:
-    manifest = load(name)
-    first = next(iter(manifest._entries.values()), None)
-    there = first is None or first.item.path is None or first.item.path.is_file()
-    state = "not locked" if not manifest.locked else "ready" if there else "not fetched"
-    items = f"{len(manifest):,}" if manifest.locked else ""
-    return {"items": items, "state": state, "license": _short(manifest.license)}
-
-
-def _short(text: str) -> str:
-    return textwrap.shorten(text, 60, placeholder="...")
-
-
-def folders() -> list[Path]:
-    """Where manifests are looked for, first to last."""
-    return shared_folder("data_manifests")
-
-
-def shared_folder(name: str) -> list[Path]:
-    """The folders of that name (`data_manifests`, `reports`): in the working folder, the checkout, the package."""
-    package = Path(__file__).resolve().parent
-    places = [Path.cwd() / name]
-    if (package.parent / "pyproject.toml").is_file():
-        places.append(package.parent / name)
-    places.append(package / "_data" / name)
-    return [p for p in dict.fromkeys(places) if p.is_dir()]
-
-
-def find(name: str) -> Path:
-    """The TOML file of a manifest, `weights/<name>` included. Raises UsageError with suggestions."""
-    folder, _, stem = name.rpartition("/")
-    if folder in ("", "weights") and NAME.fullmatch(stem):
-        for place in folders():
-            path = place / f"{name}.toml"
-            if path.is_file():
-                return path
-    known = [f"weights/{n}" for n in _known("weights")] if folder == "weights" else _known(".")
-    where = "data_manifests/weights" if folder == "weights" else "data_manifests"
-    hint = f"known: {', '.join(known)}; or image-folder:PATH; or write {where}/NAME.toml"
-    raise UsageError(f"no data manifest is called {name!r}{suggest(name, known)}", hint=hint)
-
-
-def data_folder(data_root: Path | None = None) -> Path:
-    """Where fetched data lies: the argument, or BENCH_DATA, or ~/.cache/touchstone."""
-    return Path(data_root or os.environ.get("BENCH_DATA") or "~/.cache/touchstone").expanduser()
-
-
-# weights
-
-
-def root_of(header: Mapping[str, Any], data_root: Path | None) -> Path:
-    return data_folder(data_root) / header.get("root", "")
-
-
 def _entries(header: Mapping[str, Any], rows: Sequence[Mapping[str, str]], root: Path, items: Path) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for line, row in enumerate(rows, 2):
         at = f"{items}: item {row['id']}"
         path = None
         if header["kind"] != "prompts":
-            path = _path_of(at, header["kind"], row, root)
+            path = path_of(at, header["kind"], row, root)
             if header["locked"] and not SHA256.fullmatch(row.get("sha256", "")):
                 raise Error(f"{at}: sha256 must be 64 hex digits", hint=f"line {line}; bench data lock writes it")
         entry = Entry(_item(at, row, path), row.get("sha256", ""))
@@ -529,10 +269,10 @@ def _entries(header: Mapping[str, Any], rows: Sequence[Mapping[str, str]], root:
     return entries
 
 
-def _path_of(at: str, kind: str, row: Mapping[str, str], root: Path) -> Path:
+def path_of(at: str, kind: str, row: Mapping[str, str], root: Path) -> Path:
     name = row.get("path") or row["id"]
     check_name(at, "path", name)
-    return _package_file(name) if kind == "package-crops" else root / name
+    return package_file(name) if kind == "package-crops" else root / name
 
 
 def _item(at: str, row: Mapping[str, str], path: Path | None) -> Item:
@@ -547,7 +287,7 @@ def _whole_number(at: str, key: str, text: str) -> int:
     return int(text)
 
 
-def _package_file(name: str) -> Path:
+def package_file(name: str) -> Path:
     """`skimage/data/x.png` where the package skimage is installed; found without importing it."""
     package, _, rest = name.partition("/")
     try:
@@ -564,7 +304,7 @@ def _folder(name: str, digests: FileDigests) -> Manifest:
     if name == FOLDER or not root.is_dir():
         raise UsageError(f"{name}: {root} is not a folder", hint="image-folder:PATH names a folder of pictures")
     rows, refused = [], []
-    for path in sorted(_pictures(root), key=lambda p: p.relative_to(root).as_posix()):
+    for path in sorted(pictures(root), key=lambda p: p.relative_to(root).as_posix()):
         id = path.relative_to(root).as_posix()
         try:
             check_name(name, "file", id)
@@ -593,7 +333,7 @@ def _folder(name: str, digests: FileDigests) -> Manifest:
     return manifest
 
 
-def _how_to_get(name: str, header: Mapping[str, Any]) -> str:
+def how_to_get(name: str, header: Mapping[str, Any]) -> str:
     if header.get("pinned"):
         return "the pictures come with: pip install " + " ".join(f"'{p}'" for p in header["pinned"])
     if name.startswith(FOLDER):
@@ -602,40 +342,7 @@ def _how_to_get(name: str, header: Mapping[str, Any]) -> str:
     return get if header["locked"] else f"{get}; then bench data lock {name}"
 
 
-def _set_fields(text: str, values: Mapping[str, str]) -> str:
-    """TOML with top-level fields replaced, or added before the first table; comments stay."""
-    head, table, tail = re.match(r"(.*?)((?:^\[)|\Z)(.*)", text, re.S | re.M).groups()
-    for key, value in values.items():
-        line = f"{key} = {value}"
-        head, count = re.subn(rf"(?m)^([\"']?){key}\1[ \t]*=.*$", lambda _, line=line: line, head, count=1)
-        if not count:
-            head = head.rstrip("\n") + f"\n{line}\n" + ("\n" if table else "")
-    changed = head + table + tail
-    expected = {**tomllib.loads(text), **tomllib.loads("\n".join(f"{k} = {v}" for k, v in values.items()))}
-    try:
-        found = tomllib.loads(changed)
-    except ValueError:
-        found = {}
-    if found != expected:  # fields where this does not look for them, as behind a text of several lines
-        lines = "; ".join(f"{k} = {v}" for k, v in values.items())
-        raise Error(f"the manifest has {', '.join(values)} where they cannot be replaced", hint=f"write there: {lines}")
-    return changed
-
-
-def _csv_bytes(rows: Sequence[Mapping[str, str]]) -> bytes:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
-def _relative_pictures(root: Path) -> list[str]:
-    return sorted(p.relative_to(root).as_posix() for p in _pictures(root))
-
-
-def _pictures(root: Path) -> Iterator[Path]:
+def pictures(root: Path) -> Iterator[Path]:
     for folder, inside, files in os.walk(root):
         inside[:] = [d for d in inside if not d.startswith(".")]
         for file in files:

@@ -227,9 +227,9 @@ def _adapters(_: Store) -> list[dict[str, str]]:
 
 
 def _manifests(_: Store) -> list[dict[str, str]]:
-    from bench import manifest
+    from bench import manifest_verbs
 
-    return [_row("manifests", name, **facts) for name, facts in manifest.names()]
+    return [_row("manifests", name, **facts) for name, facts in manifest_verbs.names()]
 
 
 def _runs(store: Store) -> list[dict[str, str]]:

@@ -333,17 +333,17 @@ def rescore(args: Namespace) -> int:
 
 
 def data(args: Namespace) -> int:
-    from bench import manifest
+    from bench import manifest_verbs
     from bench.progress import transfer
 
     for name in args.names:
         if args.action == "fetch":
             with transfer(name) as progress:
-                print(manifest.fetch(name, progress=progress))
+                print(manifest_verbs.fetch(name, progress=progress))
         elif args.action == "lock":
-            print(manifest.lock(name))
+            print(manifest_verbs.lock(name))
         else:
-            print(manifest.verify(name))
+            print(manifest_verbs.verify(name))
     return 0
 
 

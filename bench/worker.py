@@ -328,12 +328,12 @@ class WorkerContext:
         return judges[name]
 
     def weights(self, name: str) -> Path:
-        from bench.manifest import weights_path
+        from bench.manifest_weights import weights_path
 
         return weights_path(name)
 
     def extractor(self, name: str) -> Mapping[str, Json]:
-        from bench.manifest import extractor_table
+        from bench.manifest_weights import extractor_table
 
         return extractor_table(name)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench import manifest
+from bench import manifest, manifest_verbs, manifest_weights
 from bench.fetch import download
 from bench.types import Error, UsageError
 
@@ -231,20 +231,20 @@ def fetch_table(server, file, data, **more):
 def test_pictures_nobody_vouched_for_wait_until_they_are_locked(server, place):
     toml = place / "data_manifests/toy.toml"
     toml.write_text(HEADER + fetch_table(server, "a.png", picture(1)) + fetch_table(server, "b.png", picture(2)))
-    said = manifest.fetch("toy", loopback=True)
+    said = manifest_verbs.fetch("toy", loopback=True)
     assert hashlib.sha256(picture(1)).hexdigest() in said and "bench data lock toy" in said
     root = place / "data/toy"
     assert left(root / "a.png") == ["a.png.unverified", "b.png.unverified"]
     with pytest.raises(Error, match="never locked"):
         manifest.load("toy").ids()
-    manifest.lock("toy")
-    assert manifest.load("toy").ids() == ("a.png", "b.png") and "2 items" in manifest.verify("toy")
+    manifest_verbs.lock("toy")
+    assert manifest.load("toy").ids() == ("a.png", "b.png") and "2 items" in manifest_verbs.verify("toy")
     (root / "a.png").unlink()
-    manifest.fetch("toy", loopback=True)  # locked now: each item has its hash
-    assert "2 items" in manifest.verify("toy")
+    manifest_verbs.fetch("toy", loopback=True)  # locked now: each item has its hash
+    assert "2 items" in manifest_verbs.verify("toy")
     server.files["/a.png"] = picture(3)
     (root / "a.png").unlink()
-    manifest.fetch("toy", loopback=True)
+    manifest_verbs.fetch("toy", loopback=True)
     with pytest.raises(Error, match=r"a\.png changed"):
         manifest.load("toy").check()
 
@@ -254,27 +254,27 @@ def test_an_archive_with_a_known_hash_is_unpacked_and_then_locked(server, place)
     sha256 = hashlib.sha256(data).hexdigest()
     table = fetch_table(server, "v.zip", data, sha256=f'"{sha256}"', bytes=len(data), unpack="{files=2, bytes=9999}")
     (place / "data_manifests/toy.toml").write_text(HEADER + table)
-    assert "next: bench data lock toy" in manifest.fetch("toy", loopback=True)
-    manifest.lock("toy")
+    assert "next: bench data lock toy" in manifest_verbs.fetch("toy", loopback=True)
+    manifest_verbs.lock("toy")
     assert manifest.load("toy").ids() == ("val/a.png", "val/b.png")
-    manifest.fetch("toy", loopback=True)
+    manifest_verbs.fetch("toy", loopback=True)
     assert len(server.asked) == 1  # unpacked as a whole, so it is not fetched again
 
 
 def test_an_archive_nobody_vouched_for_is_unpacked_by_the_lock(server, place):
     table = fetch_table(server, "v.zip", zipped(("a.png", picture(1))), unpack="{files=2, bytes=9999}")
     (place / "data_manifests/toy.toml").write_text(HEADER + table)
-    assert "Nobody vouches" in manifest.fetch("toy", loopback=True)
+    assert "Nobody vouches" in manifest_verbs.fetch("toy", loopback=True)
     assert left(place / "data/toy.download/x") == ["v.zip.unverified"]
     mine = place / "data/toy/mine.txt"
     mine.parent.mkdir()
     mine.write_text("of somebody else")
     with pytest.raises(Error, match="not empty"):
-        manifest.lock("toy")
+        manifest_verbs.lock("toy")
     assert mine.read_text() == "of somebody else"
     mine.unlink()
-    manifest.fetch("toy", loopback=True)
-    manifest.lock("toy")
+    manifest_verbs.fetch("toy", loopback=True)
+    manifest_verbs.lock("toy")
     assert manifest.load("toy").ids() == ("a.png",) and not (place / "data/toy.download").exists()
 
 
@@ -283,20 +283,20 @@ def test_weights_with_a_hash_are_fetched_and_without_one_wait(server, place):
     text = f'what = "x"\nsource = "y"\nlicense = "z"\nurl = "{server.url}/m.pt"\nfile = "m.pt"\n'
     toml = place / "data_manifests/weights/mine.toml"
     toml.write_text(text + f'sha256 = "{SHA256}"\nbytes = {len(CONTENT)}\nlocked = true\n')
-    manifest.fetch("weights/mine", loopback=True)
-    assert manifest.weights_path("mine").read_bytes() == CONTENT
-    manifest.weights_path("mine").unlink()
+    manifest_verbs.fetch("weights/mine", loopback=True)
+    assert manifest_weights.weights_path("mine").read_bytes() == CONTENT
+    manifest_weights.weights_path("mine").unlink()
     toml.write_text(text + "locked = false\n")
-    assert SHA256 in manifest.fetch("weights/mine", loopback=True)
+    assert SHA256 in manifest_verbs.fetch("weights/mine", loopback=True)
     assert left(place / "data/weights/x") == ["m.pt.unverified"]
-    manifest.lock("weights/mine")
-    assert manifest.weights_path("mine").read_bytes() == CONTENT
+    manifest_verbs.lock("weights/mine")
+    assert manifest_weights.weights_path("mine").read_bytes() == CONTENT
     assert f'sha256 = "{SHA256}"' in toml.read_text() and f"bytes = {len(CONTENT)}" in toml.read_text()
 
 
 def test_data_behind_a_licence_says_where_to_get_it(place):
     with pytest.raises(Error) as caught:
-        manifest.fetch("imagenet-val")
+        manifest_verbs.fetch("imagenet-val")
     for word in ("image-net.org", "ILSVRC2012_img_val.tar", "$BENCH_DATA/imagenet/val", "bench data lock imagenet-val"):
         assert word in caught.value.hint
 
@@ -304,7 +304,7 @@ def test_data_behind_a_licence_says_where_to_get_it(place):
 def test_hub_names_need_a_commit_and_files_their_hash(monkeypatch, tmp_path):
     hub = pytest.importorskip("huggingface_hub")
     with pytest.raises(UsageError, match="must name a commit"):
-        manifest.fetch("hf:owner/name@main")
+        manifest_verbs.fetch("hf:owner/name@main")
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots/abc1234/vae"
     blobs.mkdir()
     snapshot.mkdir(parents=True)
@@ -316,12 +316,12 @@ def test_hub_names_need_a_commit_and_files_their_hash(monkeypatch, tmp_path):
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     with pytest.raises(Error, match="no safetensors"):
-        manifest.fetch("hf:owner/name@abc1234:vae")
+        manifest_verbs.fetch("hf:owner/name@abc1234:vae")
     (blobs / SHA256).write_bytes(CONTENT)
     (snapshot / "model.safetensors").symlink_to(blobs / SHA256)
-    assert str(snapshot) in manifest.fetch("hf:owner/name@abc1234:vae")
+    assert str(snapshot) in manifest_verbs.fetch("hf:owner/name@abc1234:vae")
     assert asked["repo"] == "owner/name" and asked["revision"] == "abc1234"
     assert all(p.startswith("vae/") and not p.endswith((".bin", ".py", ".pt")) for p in asked["patterns"])
     (blobs / SHA256).write_bytes(OTHER)
     with pytest.raises(Error, match="damaged in the cache"):
-        manifest.fetch("hf:owner/name@abc1234:vae")
+        manifest_verbs.fetch("hf:owner/name@abc1234:vae")

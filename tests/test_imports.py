@@ -51,6 +51,7 @@ BROAD = {
     "bench/ray_engine.py": "Ray's start raises what it likes, a bare Exception too",
     "bench/registry.py": "a plugin may fail in any way",
     "bench/models.py": "a foreign constructor may fail in any way: the model cannot be opened",
+    "bench/train.py": "torch promises nothing for a damaged state that it did not write",
     "bench/worker.py": "around a unit: the failure is recorded",
 }
 

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bench import images, manifest, manifest_format
+from bench import images, manifest, manifest_format, manifest_places, manifest_verbs, manifest_weights
 from bench.identity import FileDigests
-from bench.manifest import load, lock, verify
+from bench.manifest import load
+from bench.manifest_verbs import lock, verify
 from bench.types import Error, UsageError
 
 HEADER = """
@@ -85,11 +86,11 @@ def test_photographs_are_the_pixels_that_the_packages_show():
 
 
 def test_a_picture_that_another_release_moved_or_changed_is_named_with_the_version_to_install(tmp_path, monkeypatch):
-    real = manifest._package_file
+    real = manifest.package_file
     data = load("photographs")
     changed = tmp_path / "brick.png"
     changed.write_bytes(real("skimage/data/brick.png").read_bytes() + b"x")
-    monkeypatch.setattr(manifest, "_package_file", lambda name: changed if name.endswith("brick.png") else real(name))
+    monkeypatch.setattr(manifest, "package_file", lambda name: changed if name.endswith("brick.png") else real(name))
     for act in (Manifest_check, lambda d: d.read("brick-x0000-y0000"), lambda d: d.item("brick-x0000-y0000")):
         with pytest.raises(Error) as caught:
             act(load("photographs"))
@@ -320,7 +321,7 @@ def test_unknown_names_are_answered_with_suggestions(place):
 
 def test_names_lists_what_is_there_and_says_what_is_broken(place):
     (place / "data_manifests/bad.toml").write_text("kind = [")
-    listed = dict(manifest.names())
+    listed = dict(manifest_verbs.names())
     assert listed["photographs"] == {**listed["photographs"], "items": "259", "state": "ready"}
     assert listed["toy"]["state"] == "not locked" and "bad.toml" in listed["bad"]["state"]
     assert {"imagenet-val", "coco-val2017", "mjhq-30k", "div2k", "kodak"} <= set(listed)
@@ -329,15 +330,15 @@ def test_names_lists_what_is_there_and_says_what_is_broken(place):
 
 
 def test_the_working_folder_comes_first(place):
-    assert manifest.shared_folder("data_manifests")[0] == place / "data_manifests"
+    assert manifest_places.shared_folder("data_manifests")[0] == place / "data_manifests"
     checkout = Path(manifest.__file__).resolve().parents[1] / "data_manifests"
-    assert checkout in manifest.shared_folder("data_manifests")
+    assert checkout in manifest_places.shared_folder("data_manifests")
     (place / "data_manifests/photographs.toml").write_text(HEADER)
     assert load("photographs").source == "drawn here"
 
 
 def test_every_manifest_that_comes_along_says_whose_it_is_and_how_to_get_it():
-    for name, row in manifest.names():
+    for name, row in manifest_verbs.names():
         assert row["license"] and not row["state"].startswith("broken"), name
         if not name.startswith("weights/"):
             data = load(name)
@@ -352,16 +353,16 @@ def test_every_manifest_that_comes_along_says_whose_it_is_and_how_to_get_it():
 
 
 def test_weights_are_found_in_installed_packages_or_below_bench_data(place):
-    path = manifest.weights_path("lpips-alex-lin")
+    path = manifest_weights.weights_path("lpips-alex-lin")
     assert hashlib.sha256(path.read_bytes()).hexdigest().startswith("df73285e35b2")
     with pytest.raises(Error, match="missing") as caught:
-        manifest.weights_path("lpips-alex-backbone")
+        manifest_weights.weights_path("lpips-alex-backbone")
     assert caught.value.hint == "bench data fetch weights/lpips-alex-backbone"
     folder = place / "data/weights"
     folder.mkdir()
     (folder / "alexnet-owt-7be5be79.pth").write_bytes(b"something else")
     with pytest.raises(Error, match="not the locked file"):
-        manifest.weights_path("lpips-alex-backbone")
+        manifest_weights.weights_path("lpips-alex-backbone")
 
 
 def test_weights_of_one_s_own_are_locked_then_found(place):
@@ -370,29 +371,29 @@ def test_weights_of_one_s_own_are_locked_then_found(place):
     text = 'what = "x"\nsource = "y"\nlicense = "z"\nurl = "https://example.org/m"\nfile = "m.pt"\nlocked = false\n'
     toml.write_text(text)
     with pytest.raises(Error, match="not locked") as caught:
-        manifest.weights_path("mine")
+        manifest_weights.weights_path("mine")
     assert caught.value.hint == "bench data fetch weights/mine; then bench data lock weights/mine"
     with pytest.raises(Error, match="missing"):
         lock("weights/mine")
     (place / "data/weights").mkdir()
     (place / "data/weights/m.pt").write_bytes(b"123")
     lock("weights/mine")
-    assert manifest.weights_path("mine") == place / "data/weights/m.pt"
+    assert manifest_weights.weights_path("mine") == place / "data/weights/m.pt"
     assert "as locked" in verify("weights/mine")
     (place / "data/weights/m.pt").write_bytes(b"124")
     with pytest.raises(Error, match="not the locked file"):
         verify("weights/mine")
     toml.write_text(text.replace("false", "true"))
     with pytest.raises(Error, match="sha256"):
-        manifest.weights_path("mine")
+        manifest_weights.weights_path("mine")
 
 
 def test_the_pinned_hashes_agree_with_the_names_that_publishers_chose():
     """torchvision and pytorch-fid put the first 8 hex digits of the SHA-256 into the file's name."""
     checked = 0
-    for name, _ in manifest.names():
+    for name, _ in manifest_verbs.names():
         if name.startswith("weights/"):
-            header = manifest_format.read_weights(manifest.find(name))
+            header = manifest_format.read_weights(manifest_places.find(name))
             stem = Path(header["url"]).stem.rpartition("-")[2]
             if len(stem) == 8 and set(stem) <= set("0123456789abcdef"):
                 assert header["sha256"].startswith(stem), name
@@ -406,7 +407,7 @@ def test_the_lpips_heads_are_those_of_the_published_table():
         pytest.skip("shared/data is not here")
     text = origin.read_text()
     for name in ("lpips-alex-lin", "lpips-vgg-lin"):
-        header = manifest_format.read_weights(manifest.find(f"weights/{name}"))
+        header = manifest_format.read_weights(manifest_places.find(f"weights/{name}"))
         assert f"{header['bytes']} | {header['sha256']}" in text
 
 
@@ -487,7 +488,7 @@ def test_a_locked_row_needs_its_hash(place):
     items = place / "data_manifests/toy.items.csv"
     rows = manifest_format.read_rows(items)
     rows[0]["sha256"] = "F" * 64
-    items.write_bytes(manifest._csv_bytes(rows))
+    items.write_bytes(manifest_verbs.csv_bytes(rows))
     header = manifest_format.read_header(place / "data_manifests/toy.toml")
     digest = manifest_format.content_digest(header, rows)
     toml = place / "data_manifests/toy.toml"

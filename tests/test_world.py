@@ -9,7 +9,8 @@ import skimage.draw
 from scipy.stats import chisquare
 
 from bench import UsageError
-from bench.manifest import load, lock, verify
+from bench.manifest import load
+from bench.manifest_verbs import lock, verify
 from bench.mini import world
 from bench.mini.world import Skew
 from bench.types import Error

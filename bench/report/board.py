@@ -135,7 +135,7 @@ def find_board(name: str | None = None) -> Path:
 
     Boards of the working folder come before those that the harness brings. Raises UsageError with suggestions.
     """
-    from bench.manifest import shared_folder
+    from bench.manifest_places import shared_folder
 
     if name and (name.endswith(".toml") or "/" in name):
         return Path(name)

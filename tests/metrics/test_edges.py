@@ -25,7 +25,8 @@ def test_missing_weights_name_the_fetch_line():
 
 
 def test_metrics_say_which_weights_they_need():
-    from bench.manifest import find, read_weights
+    from bench.manifest_format import read_weights
+    from bench.manifest_places import find
 
     needed = metrics.LPIPS("vgg").weights + metrics.Frechet("inception-tf1").weights
     assert len(needed) == 3 and all(read_weights(find(f"weights/{name}"))["locked"] for name in needed)

@@ -3,8 +3,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bench.manifest import find, lock, weights_path
 from bench.manifest_format import read_weights
+from bench.manifest_places import find
+from bench.manifest_verbs import lock
+from bench.manifest_weights import weights_path
 from bench.metrics import extractors, networks
 from bench.metrics.extractors import inception
 from bench.metrics.frechet import Frechet, PairwiseFeatureDistance, frechet_from_features
@@ -204,7 +206,7 @@ class Context:
     device = torch.device("cpu")
 
     def extractor(self, name):
-        from bench.manifest import extractor_table
+        from bench.manifest_weights import extractor_table
 
         return extractor_table(name)
 
@@ -281,7 +283,7 @@ def test_one_pass_serves_both_metrics_but_not_a_changed_batch(embedded, monkeypa
 
 
 def shipped():
-    from bench.manifest import names
+    from bench.manifest_verbs import names
 
     weights = [name.removeprefix("weights/") for name, _ in names() if name.startswith("weights/")]
     return [name for name in weights if "extractor" in read_weights(find(f"weights/{name}"))]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from drawn_model import Drawn
 
-from bench import Error, Store, UsageError, execute, manifest
+from bench import Error, Store, UsageError, execute, manifest, manifest_verbs
 from bench.compare import compare
 from bench.config import How
 from bench.mini import world
@@ -235,7 +235,7 @@ def prompts_manifest(folder, text):
     (folder / "data_manifests/mine.items.csv").write_text(text)
     head = 'kind = "prompts"\nsource = "me"\nlicense = "CC0-1.0"\nredistribute = true\nlocked = false\n'
     (folder / "data_manifests/mine.toml").write_text(head)
-    return manifest.lock("mine")
+    return manifest_verbs.lock("mine")
 
 
 def test_an_empty_prompt_file_and_items_without_prompt_are_refused(tmp_path, monkeypatch):

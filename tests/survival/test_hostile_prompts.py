@@ -10,7 +10,7 @@ import pytest
 from corpus import toml_file
 from toys import command
 
-from bench import Store, manifest
+from bench import Store, manifest, manifest_verbs
 
 ODD = [chr(c) for c in (*range(1, 9), 0x0B, 0x0C, *range(0x0E, 0x20), 0x7F, 0x85, 0x9B)]  # tab and line ends are below
 ODD += list("\u061c\u200b\u200d\u200e\u2028\u2029\u202a\u202e\u2066\u2069\ufeff\ufffd")
@@ -58,7 +58,7 @@ def test_prompts_are_stored_and_exported_byte_for_byte(tally, tmp_path, monkeypa
     rows = [[f"p{i:03d}", text, "single_object", objects] for i, text in enumerate(PROMPTS)]
     csv.writer(out, lineterminator="\n").writerows([["id", "text", "tag", "include"], *rows])
     (tmp_path / "data_manifests/odd.items.csv").write_text(out.getvalue(), encoding="utf-8", newline="")
-    manifest.lock("odd")
+    manifest_verbs.lock("odd")
     expected = {f"p{i:03d}#0": text for i, text in enumerate(PROMPTS)}
     assert {f"{id}#0": manifest.load("odd").item(id).text for id in manifest.load("odd").ids()} == expected
     flags = ["-p", "data=odd", "-p", f"protocol={protocol}", "--keep", "none"]
@@ -68,7 +68,7 @@ def test_prompts_are_stored_and_exported_byte_for_byte(tally, tmp_path, monkeypa
     else:
         world = {"seed": 3, "items": 40, "held_out": "any"}
         (tmp_path / "data_manifests/drawn.toml").write_text(toml_file({**header, "kind": "world", "world": world}))
-        manifest.lock("drawn")
+        manifest_verbs.lock("drawn")
         flags += ["-p", "reference=drawn"]
     done = command(tmp_path, "score", "generation", "--model", "toy", *flags)
     assert done.code in (0, 3) and "Traceback" not in done.err, done.err
