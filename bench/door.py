@@ -142,10 +142,16 @@ class Appender:
     """A file that only grows. An `append` is durable when it returns; after a failure the file is not touched again."""
 
     def __init__(self, path: Path):
+        import fcntl
+
         self.path = path
         with _explained("open", path):
             self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:
+                with contextlib.suppress(OSError):
+                    # NFS v4 forgets the locks of a host that was cut off, and refuses its writes under a lock that is
+                    # lost; `lock` is on another file, and so would not stop it from writing beside its successor
+                    fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.fstat(self.fd).st_size == 0:  # new, or made by a process killed before its name was durable
                     sync_folder(path.parent)
             except BaseException:
@@ -203,26 +209,29 @@ def lock(path: Path, what: str) -> Iterator[None]:
     import fcntl
 
     owner = f"{socket.gethostname()} pid {os.getpid()}"
-    with _explained("lock", path):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    with _explained("lock", path):  # O_SYNC: other hosts that share the folder see at once who holds it
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_SYNC, 0o666)
     exclusive = None
     until = time.monotonic() + PATIENCE
     try:
+        by_name = _only_here(fd)
         while True:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError as e:
                 if e.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                    exclusive = _lock_by_name(path, what, owner)
+                    by_name = True
                     break
-            holder, _, started = os.pread(fd, 400, 0).decode("utf-8", "replace").partition("\n")
-            if _runs(holder, started.strip()) or time.monotonic() > until:
+            holder, _, started = _text(path).partition("\n")
+            if _runs(holder, started) or time.monotonic() > until:
                 raise Error(
-                    f"{what} is being written by {holder.strip() or 'another process'}",
+                    f"{what} is being written by {holder or 'another process'}",
                     hint="wait for it, or stop it; nothing was changed",
                 )
             time.sleep(0.01)
+        if by_name:
+            exclusive = _lock_by_name(path, what, owner)
         with _explained("lock", path):
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"{owner}\n{_started(os.getpid())}\n".encode(), 0)
@@ -235,39 +244,64 @@ def lock(path: Path, what: str) -> Iterator[None]:
 
 
 PATIENCE = 0.5  # seconds for one that is just ending, or has the lock and has not yet written who it is
+ONLY_HERE = {"local_lock=all", "local_lock=flock", "localflock"}  # options of mounts, of NFS and Lustre
+
+
+def _only_here(fd: int) -> bool:
+    """Are the locks of its file system known to this host alone, though others may write there?"""
+    device = os.fstat(fd).st_dev
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    options = [m.split()[-1] for m in mounts if m.split()[2] == f"{os.major(device)}:{os.minor(device)}"]
+    return any(ONLY_HERE & set(o.split(",")) for o in options)
+
+
+def _text(path: Path) -> str:
+    """What a lock file says. It is opened anew: that is when NFS asks the server."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            return os.read(fd, 400).decode("utf-8", "replace").strip()
+        finally:
+            os.close(fd)
+    except OSError:  # it was just removed
+        return ""
 
 
 def _runs(holder: str, started: str) -> bool:
-    """Is that the process that holds a lock now? The text may still be of one before it. Other hosts are believed."""
+    """Is that a process of this host that runs now? The text may still be of one that had the lock before."""
     host, _, pid = holder.partition(" pid ")
-    if not pid.isdigit():
-        return False
-    return host != socket.gethostname() or (started != "" and _started(int(pid)) == started)
+    return host == socket.gethostname() and pid.isdigit() and started != "" and _started(int(pid)) == started
 
 
 def _lock_by_name(path: Path, what: str, owner: str) -> Path:
-    """For file systems without flock: an exclusively created file; a stale one of this host is taken over."""
+    """For file systems where flock holds off nobody, or not the other hosts: an exclusively created file; a stale one
+    of this host is taken over."""
     name = path.with_suffix(".exclusive")
-    stamp = f"{owner} {_started(os.getpid())}"
-    for _ in range(2):
+    until = time.monotonic() + PATIENCE
+    while True:
         try:
             fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except FileExistsError:
-            holder = name.read_text(errors="replace").strip()
+            holder = _text(name)  # empty: it is just being written or was just removed
             host, _, rest = holder.partition(" pid ")
             pid, _, started = rest.partition(" ")
-            if host == socket.gethostname() and pid.isdigit() and _started(int(pid)) != started:
+            stale = host == socket.gethostname() and pid.isdigit() and _started(int(pid)) != started
+            if stale:
                 with contextlib.suppress(OSError):
                     os.unlink(name)
-                continue
-            raise Error(
-                f"{what} is being written by {holder}",
-                hint=f"if that process is gone, remove {name}",
-            ) from None
+            if (holder and not stale) or time.monotonic() > until:
+                raise Error(
+                    f"{what} is being written by {f'{host} pid {pid}' if pid else holder or 'another process'}",
+                    hint=f"if that process is gone, remove {name}",
+                ) from None
+            time.sleep(0.01)
+            continue
         with os.fdopen(fd, "w") as file:
-            file.write(stamp)
+            file.write(f"{owner} {_started(os.getpid())}")
         return name
-    raise Error(f"{what}: cannot take the lock {name}", hint="run the same command again")
 
 
 def _started(pid: int) -> str:

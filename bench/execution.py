@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -17,6 +16,7 @@ from bench.prepare import Plan, prepare
 from bench.reduction import derive
 from bench.store import Run, Store, run_id
 from bench.suite import Suite
+from bench.text import say
 from bench.types import Error, Json, Record, Unit, UsageError
 from bench.versions import code_digest, versions_of
 from bench.worker import Work, utc
@@ -37,7 +37,7 @@ class Observer:
     def done(self, unit: Unit, record: Record) -> None: ...
 
     def say(self, text: str) -> None:
-        print(text, file=sys.stderr)
+        say(text)
 
 
 def execute(

@@ -12,7 +12,7 @@ from typing import Any
 from bench.execution import Observer
 from bench.show import counted
 from bench.store import Run
-from bench.text import duration, say
+from bench.text import duration, plain, say
 from bench.types import Record, Stop, Unit
 
 
@@ -92,7 +92,7 @@ class TrainingBar:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
 
-            text = TextColumn("{task.completed}/{task.total} steps   {task.fields[note]}")
+            text = TextColumn("{task.completed}/{task.total} steps   {task.fields[note]}", markup=False)
             self.progress = Progress(BarColumn(), text, console=Console(stderr=True), transient=True)
             self.task = self.progress.add_task("", total=self.total, note="")
             self.progress.start()
@@ -103,7 +103,7 @@ class TrainingBar:
         self.first = step - 1 if self.first is None else self.first
         spent = time.monotonic() - self.begun
         left = duration((self.total - step) * spent / max(1, step - self.first))
-        note = "   ".join(f"{k} {v:.4g}" for k, v in losses.items() if v is not None) + f"   left {left}"
+        note = "   ".join(f"{plain(k)} {v:.4g}" for k, v in losses.items() if v is not None) + f"   left {left}"
         if self.progress:
             self.progress.update(self.task, completed=step, note=note)
         elif time.monotonic() - self.said > 30:
@@ -126,7 +126,8 @@ def transfer(name: str) -> Iterator[Callable[[int, int | None], None] | None]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    bar = Progress(TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=Console(stderr=True))
+    text = TextColumn("{task.description}", markup=False)
+    bar = Progress(text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=Console(stderr=True))
     with bar:
-        task = bar.add_task(name, total=None)
+        task = bar.add_task(plain(name), total=None)
         yield lambda done, total=None: bar.update(task, completed=done, total=total)

@@ -17,6 +17,7 @@ from bench.functions import draws, model_of
 from bench.identity import file_digest
 from bench.recipe import Recipe
 from bench.suite import Suite
+from bench.text import say
 from bench.types import Error, UsageError
 
 KINDS = ("suites", "recipes", "adapters", "fits")
@@ -136,7 +137,7 @@ def _module(path: Path) -> Any:
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
-    print(f"running {path} (sha256 {file_digest(path)[:12]})", file=sys.stderr)
+    say(f"running {path} (sha256 {file_digest(path)[:12]})")
     sys.path.insert(0, str(path.parent))
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout carries data only

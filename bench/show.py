@@ -108,7 +108,8 @@ def print_run(run: Run, slices: bool) -> None:
     print_scores(run, slices)
     codes = run.codes()
     if len(codes) > 1:
-        print(f"\nits records were made by {len(codes)} versions of the suite's code: {', '.join(sorted(codes))}")
+        names = plain(", ".join(sorted(codes)))
+        print(f"\nits records were made by {len(codes)} versions of the suite's code: {names}")
     for text in judge_failures(run, run.table().rows):
         print("\n" + plain(text))
     failures = run.failures()
@@ -118,7 +119,7 @@ def print_run(run: Run, slices: bool) -> None:
             [r.unit, (r.error or {}).get("kind", ""), (r.error or {}).get("message", "")[:100]] for r in failures[:20]
         ]
         print(columns(["unit", "kind", "message"], shown))
-        print(f"bench show {run.id} --unit {failures[0].unit} shows the trace")
+        print(plain(f"bench show {run.id} --unit {failures[0].unit} shows the trace"))
 
 
 def print_unit(run: Run, unit: str, as_json: bool) -> int:
@@ -137,9 +138,9 @@ def print_unit(run: Run, unit: str, as_json: bool) -> int:
     facts = ("status", "attempt", "batch", "seconds", "device", "code", "started")
     print(columns(["", ""], [[f, str(getattr(record, f))] for f in facts]).lstrip("\n"))
     if record.error:
-        print(f"\n{record.error['kind']}: {plain(record.error['message'])}")
+        print(f"\n{plain(record.error['kind'])}: {plain(record.error['message'])}")
         print(f"hint: {plain(record.error['hint'])}\n" if record.error.get("hint") else "")
-        print("\n".join(plain(text) for text in record.error["trace"].splitlines()))
+        print("\n".join(f"  {plain(text)}" for text in record.error["trace"].splitlines()))
     if record.rows:
         names = list(dict.fromkeys(k for row in record.rows for k, v in row.items() if not isinstance(v, (list, dict))))
         print()
@@ -282,5 +283,5 @@ def print_comparison(comparison: Any) -> None:
                      "" if d.gain is None else f"{d.gain:.3g}x", d.verdict])  # fmt: skip
     print(columns(["metric", a, b, "difference", "95 %", "paired gain", ""], rows))
     for metric, movers in comparison.movers.items():
-        print(f"\nlargest differences in {metric}")
+        print(f"\nlargest differences in {plain(metric)}")
         print(columns(["item", a, b, "difference"], [[i, _cell(x), _cell(y), _cell(y - x)] for i, x, y in movers]))

@@ -135,7 +135,7 @@ class Store:
         """Is there a regular file of that address? Its content is checked when it is read."""
         try:
             return stat.S_ISREG(self.path(address).lstat().st_mode)
-        except OSError:
+        except (OSError, Error):
             return False
 
     def get(self, address: str) -> bytes:
@@ -182,7 +182,8 @@ class Store:
             entries = parse_line(path.read_bytes().rstrip(b"\n")) or {}
         except OSError:
             entries = {}  # a cache: what is missing or damaged is computed again
-        known = FileDigests({name: entry for name, entry in entries.items() if name != "crc"})
+        whole = {name: entry for name, entry in entries.items() if isinstance(entry, list) and len(entry) == 5}
+        known = FileDigests(whole)
         yield known
         if known.changed:
             from bench.text import mask

@@ -206,6 +206,8 @@ def _steps(run: Run, model: Any, progress: Callable | None, save_every: float) -
             if run.parts is None:
                 raise Error(f"recipe {run.recipe.name} never calls restore: it could not go on after a kill")
             losses = {name: float(value) for name, value in losses.items()}
+            if run.losses and losses.keys() == run.losses[0].keys():
+                losses = {name: losses[name] for name in run.losses[0]}  # tables go by the order of the first
             run.losses.append(losses)
             done = len(run.losses)
             if losses.keys() != run.losses[0].keys():

@@ -16,6 +16,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -401,10 +402,18 @@ def _check_config(path: Path, data: bytes) -> None:
                 raise Error(f"weights {path}: shard {str(shard)[:80]!r} is not a safetensors file of this folder")
 
 
+@cache
+def _classes() -> frozenset[str]:
+    """The names that diffusers has; listing them takes milliseconds, and a configuration may name a class often."""
+    import diffusers
+
+    return frozenset(dir(diffusers))
+
+
 def _check_class(path: Path, name: Any) -> None:
     import diffusers
 
-    if not isinstance(name, str) or name not in dir(diffusers):
+    if not isinstance(name, str) or name not in _classes():
         raise Error(
             f"weights {path}: _class_name {str(name)[:80]!r} is not a class of diffusers {diffusers.__version__}",
             hint="a class that a repository brings along is code, and is refused",

@@ -11,6 +11,7 @@ from bench import Answer, Completion, Error, Store, execute
 from bench.adapters.endpoint import Endpoint
 from bench.adapters.mini_vqa import MiniVQA
 from bench.config import How
+from bench.records import line
 from bench.replies import MODES, Replies
 from bench.text import secrets
 from bench.types import Stop
@@ -134,6 +135,21 @@ def test_damage_costs_the_reply_that_it_hits(tmp_path):
     found = [again.complete(MESSAGE, seed=seed).text for seed in range(4)]
     assert found == ["word 1", "word 5", "word 3", "word 6"]
     assert [around(tmp_path, talker).complete(MESSAGE, seed=s).text for s in range(4)] == found and talker.said == 6
+
+
+def test_whole_lines_that_hold_no_reply_are_passed_over(tmp_path):
+    one = around(tmp_path)
+    one.complete(MESSAGE)
+    del one
+    (path,) = tmp_path.glob("*.jsonl")
+    known = json.loads(path.read_bytes())
+    for odd in ({"reply": None}, {"request": 1}, {"request": []}):
+        with open(path, "ab") as file:
+            file.write(line({"key": known["key"], "date": "9", **{k: known[k] for k in ("request", "reply")}, **odd}))
+    reader = around(tmp_path, mode="replay-strict")
+    assert reader.complete(MESSAGE).text == "word 1"
+    with pytest.raises(Stop, match="no reply is recorded"):
+        reader.complete(MESSAGE, seed=1)
 
 
 def test_several_writers_have_a_file_each_and_lines_may_move(tmp_path):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from bench import door
 from bench.identity import digest
-from bench.records import heal, parse_line, read_lines, record_line
+from bench.records import heal, line, parse_line, read_lines, record_line
 from bench.scores import COLUMNS, dump_scores, parse_scores
 from bench.store import Run, Store
 from bench.types import Error, Record, Score, Stop, Unit
@@ -87,12 +87,49 @@ def test_readers_take_the_files_of_all_shards(run):
     assert [row["item"] for row in run.table().rows] == ["i0", "i1", "i2", "i3"]
 
 
+@pytest.mark.parametrize(
+    "bodies", [(b'{"a":1},{"b":2',), (b'{"a":1},{"b":2', b'{"x":[{"y":1', b'{"z":1}]'), (b'{"crc":5},{"b":2', b"[1")]
+)
+def test_lines_that_are_no_objects_are_none_together_either(run, bodies):
+    """Each has its checksum; joined with commas they would be objects."""
+    path = run.log("")
+    path.write_bytes(b"".join(body + b',"crc":"%08x"}\n' % zlib.crc32(body) for body in bodies))
+    assert read_lines(path)[0] == []
+    heal(path)
+    assert len(path.read_bytes().splitlines()) == len(bodies)
+
+
+NO_RECORDS = [
+    {"note": "by hand"},
+    {"key": ["k"], "unit": "u", "status": "ok"},
+    {"key": "k", "unit": "u", "status": "done"},
+    {"key": "k", "unit": "u", "status": "ok", "rows": 5},
+    {"key": "k", "unit": "u", "status": "ok", "rows": ["a"]},
+    {"key": "k", "unit": "u", "status": "ok", "blobs": {"media/x": 1}},
+    {"key": "k", "unit": "u", "status": "failed", "error": "text"},
+]
+
+
 def test_an_object_that_is_no_record_is_passed_over(run):
-    fill(run, 2)
+    written = fill(run, 2)
     with run.writer() as log:
-        body = b'{"note":"by hand"'
-        log.append(body + b',"crc":"%08x"}\n' % zlib.crc32(body))
-    assert len(run.records()) == 2
+        for value in NO_RECORDS:
+            log.append(line(value))
+    assert run.records() == written and len(run.table().rows) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"key": ["k"]}, {"columns": None}, {"columns": {"y": 1}}, {"columns": {"y": []}}, {"blobs": [1]}, {"metric": 3}],
+)
+def test_what_was_measured_later_is_used_where_it_fits_the_record(run, change):
+    (key,) = fill(run, 1)
+    path = run.path / "extra" / "m.jsonl"
+    door.make_folder(path.parent)
+    good = {"key": key, "columns": {"x": [0.5]}, "blobs": {}, "metric": "m"}
+    path.write_bytes(line(good) + line({**good, **change}) + line({"key": key}))
+    (row,) = run.table().rows
+    assert row["x"] == 0.5 and "y" not in row
 
 
 # -- damage
@@ -174,6 +211,17 @@ def test_lines_joined_by_a_lost_newline_are_both_kept(run):
     assert path.read_bytes() == whole
 
 
+def test_whole_lines_before_a_torn_one_that_lost_their_newlines_are_kept(run):
+    written = fill(run)
+    path = run.log("")
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"\n", b"")[:-5])
+    kept = list(written.values())[:-1]
+    assert list(run.records().values()) == kept
+    assert heal(path).bad and path.read_bytes() == b"".join(map(record_line, kept))
+    assert heal(path) == type(heal(path))()
+
+
 # -- run.json
 
 
@@ -188,6 +236,7 @@ def test_lines_joined_by_a_lost_newline_are_both_kept(run):
         (b'{"format": 999}', "has format 999; this version reads 1"),
         (b'{"format": 1}', "it has no spec"),
         (b'{"format": 1, "spec": [], "model": "m"}', "it has no spec"),
+        (json.dumps({"format": 1, "spec": SPEC, **META, "manifests": [1]}).encode(), "manifests are no tables"),
     ],
 )
 def test_a_run_json_that_cannot_be_read_is_refused_by_name_and_left_alone(run, text, says):
@@ -316,10 +365,20 @@ def test_remembered_digests_survive_and_damage_to_them_is_harmless(store, tmp_pa
     kept = path.read_bytes()
     with store.digests() as digests:
         assert digests.entries[str(weights)][4] == true == digest(b"weights")
-    for damaged in (b"", b"[]", kept[:-5], kept.replace(true[:8].encode(), b"00000000"), b"\xff", b"{}\n"):
+    odd = [line({str(weights): entry}) for entry in (1, [], {"a": 1}, [0, 0])]
+    for damaged in (b"", b"[]", kept[:-5], kept.replace(true[:8].encode(), b"00000000"), b"\xff", b"{}\n", *odd):
         path.write_bytes(damaged)
         with store.digests() as digests:
             assert digests.of(weights) == true
+
+
+@pytest.mark.parametrize("kept", [{}, {"rows": []}, {"rows": 1, "blobs": {}}, {"rows": [], "blobs": {"a": "odd"}}])
+def test_what_a_unit_without_a_model_gave_is_made_again_where_it_is_something_else(store, kept):
+    address = "0" * 64
+    store.remember(address, [{"x": 1}], {})
+    assert store.recall(address)["rows"] == [{"x": 1}]
+    store._shared(address).write_bytes(line(kept))
+    assert store.recall(address) is None
 
 
 # -- two writers

@@ -160,8 +160,35 @@ def test_loss_table_is_exact_and_leaves_gaps():
     assert rows == ["step,loss", f"0,{1 / 3!r}", "1,"] and float(rows[1].split(",")[1]) == 1 / 3
 
 
+@dataclass(frozen=True)
+class Turning(Line):
+    """Yields its losses in another order at every other step."""
+
+    def train(self, model, ctx):
+        net = torch.nn.Linear(1, 1)
+        for step in range(ctx.restore(net=net), self.steps):
+            if self.hook:
+                self.hook(step)
+            losses = {"a": 1.0, "b": 2.0}
+            yield losses if step % 2 == 0 else dict(reversed(losses.items()))
+        return net
+
+
+def test_losses_go_by_names_not_by_their_order(tmp_path):
+    """In the table, and in a state that a training goes on from."""
+
+    def stop(step):
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Turning(steps=6, hook=stop), tmp_path / "out")
+    out = run(Turning(steps=6), tmp_path / "out")
+    assert (out / "loss.csv").read_text().splitlines() == ["step,a,b", *(f"{k},1.0,2.0" for k in range(6))]
+
+
 def test_names_in_a_loss_table_stay_cells_and_start_no_formula():
-    assert loss_table([{"=1+1": 0.5, 'a,"b"\n': 0.25}]).decode() == "step,'=1+1,\"a,\"\"b\"\"\n\"\n0,0.5,0.25\n"
+    assert loss_table([{"=1+1": 0.5, 'a,"b"\n': 0.25}]).decode() == 'step,\'=1+1,"a,""b""\n"\n0,0.5,0.25\n'
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

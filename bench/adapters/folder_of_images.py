@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench import images
+from bench.text import brief
 from bench.types import Error, UsageError
 
 if TYPE_CHECKING:
@@ -113,13 +115,14 @@ def _read_prompts(path: Path, names: frozenset[str]) -> dict[str, dict[int | Non
             at = f"{path}:{reader.line_num}"
             name, prompt, text = row["name"], row["prompt"], row.get("seed")
             if name not in names:
-                raise Error(f"{at}: there is no picture {name!r}", hint="names are relative paths below the folder")
-            if prompt is None or (text and not text.isdecimal()):
-                raise Error(f"{at}: {'prompt is missing' if prompt is None else f'seed {text!r}'}", hint=hint)
+                hint = "names are relative paths below the folder"
+                raise Error(f"{at}: there is no picture {brief(name)!r}", hint=hint)
+            if prompt is None or (text and not re.fullmatch(r"[0-9]{1,19}", text)):
+                raise Error(f"{at}: {'prompt is missing' if prompt is None else f'seed {brief(text)!r}'}", hint=hint)
             pictures = found.setdefault(prompt, {})
             seed = int(text) if text else None
             if seed in pictures or (pictures and None in (seed, *pictures)):
-                raise Error(f"{at}: prompt {prompt!r} has two pictures that no seed tells apart", hint=hint)
+                raise Error(f"{at}: prompt {brief(prompt)!r} has two pictures that no seed tells apart", hint=hint)
             pictures[seed] = name
     except (UnicodeDecodeError, csv.Error) as e:
         raise Error(f"{path} is no CSV file in UTF-8: {e}", hint=hint) from None

@@ -6,13 +6,13 @@ import copy
 import inspect
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bench.adapters import edits
 from bench.capabilities import Condition
+from bench.text import say
 from bench.types import Error, UsageError, Weights
 from bench.weights import load_weights, open_folder
 
@@ -90,7 +90,7 @@ class StableDiffusion:
         if lora:
             self.changes += edits.merge_lora(self.modules(), lora, pickle)
         for line in (*self.changes, *(["safety checker: present, not loaded"] if self.safety_checker else [])):
-            print(line, file=sys.stderr)
+            say(str(line))
         for network in (self.unet, self.vae, self.text_encoder):
             torch.nn.Module.to(network, device, getattr(torch, dtype))  # that of diffusers warns at each call
             network.eval().requires_grad_(False)

@@ -261,7 +261,7 @@ def test_arguments_out_of_range():
 @pytest.mark.parametrize(
     "text, expected",
     [("3", 3.0), (" 2.5 ", 2.5), ("0", 0.0), (None, None), ("", None), ("-1", None), ("NaN", None), ("inf", None),
-     ("1e9", None), ("soon", None), ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0), ("9" * 400, None)],
+     ("1e9", None), ("soon", None), ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0), ("9" * 400, None), ("1\x1e", 1.0)],
 )  # fmt: skip
 def test_retry_after(text, expected):
     assert retry_after(text) == expected

@@ -156,6 +156,10 @@ def ideal(task):
         (("position", [want("dog", position=["near", 0])]), "position"),
         (("position", [want("dog", position=["above", 0])]), "does not come before"),
         (("counting", [want("dog")], [want("dog", True)]), "exclude 0: count is True"),
+        (("position", [want("dog", position=5)]), "include 0: position 5 is not"),
+        (("position", [want("dog"), want("cat", position=["left of"])]), r"include 1: position \['left of'\] is not"),
+        (("position", [want("dog"), want("cat", position={"a": 0})]), "include 1: position"),
+        (("counting", "[" * 100_000), "include is no JSON"),
     ],
 )
 def test_what_is_wrong_with_an_entry_is_said(arguments, says):

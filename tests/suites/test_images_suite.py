@@ -624,6 +624,8 @@ def test_a_folder_looks_prompts_up(tmp_path):
     [
         ("file,prompt\n0000.png,a cat\n", "lacks the column name or prompt"),
         ("name,prompt\n9.png,a cat\n", "there is no picture '9.png'"),
+        (f"name,prompt\n{'9' * 5000},a cat\n", r"there is no picture '9{97}\.\.\.'"),
+        (f"name,prompt,seed\n0000.png,a cat,{'9' * 5000}\n", r"seed '9{97}\.\.\.'"),
         ("name,prompt\n0000.png,a cat\n0001.png,a cat\n", "two pictures that no seed tells apart"),
         ("name,prompt,seed\n0000.png,a cat,-1\n", "seed '-1'"),
         ("name,prompt\n", "names no picture"),

@@ -382,9 +382,14 @@ def fire(path: Path) -> None:
 
 
 def doubling(path: Path, times: int = 60) -> Path:
-    """A small pickle of one mapping whose key holds itself twice, `times` deep: hashing it never ends."""
-    pairs = b"".join(b"h%c\x86q%c" % (i, i + 1) for i in range(times))  # (1, 1), ((1, 1), (1, 1)), ... by reference
-    path.write_bytes(b"\x80\x02}K\x01q\x00" + pairs + b"K\x01s.")
+    """A small pickle of one mapping with two equal keys, each of which holds itself twice, `times` deep: hashing them
+    never ends; where tuples remember their hash (Python 3.14), comparing them does not."""
+
+    def entry(first: int) -> bytes:  # (1, 1), ((1, 1), (1, 1)), ... by reference
+        pairs = (b"h%c\x86q%c" % (i, i + 1) for i in range(first, first + times))
+        return b"K\x01q%c" % first + b"".join(pairs) + b"K\x01s"
+
+    path.write_bytes(b"\x80\x02}" + entry(0) + entry(100) + b".")
     return path
 
 

@@ -106,6 +106,7 @@ def archives(outside: Path) -> dict[str, tuple[str, bytes]]:
         "zip encrypted": ("damage", encrypted_zip()),
         "zip damaged": ("damage", zipped(("a.png", os.urandom(5000)))[:2000]),
         "zip crc": ("damage", zipped(("a.png", CONTENT[:5000])).replace(CONTENT[100:110], b"0123456789")),
+        "zip without a name": ("damage", zipped(A).replace(b"a.png", b"\0.png")),
         "tar.gz damaged": ("damage", gzip.compress(tarred(A))[:-20]),
         "tar.gz wrong checksum": ("damage", gzip.compress(tarred(A))[:-8] + b"\0" * 8),
         "tar.xz damaged": ("damage", tarred(A, mode="w:xz")[:-40]),

@@ -56,6 +56,7 @@ AS_JSON = [dict(zip(HEAD, row, strict=True)) for row in GOOD]
 # name -> (file name, bytes, what must be said: in the refusal, or in a warning or note of the finding)
 BY_HAND = {
     "empty": ("t.csv", b"", "is empty"),
+    "a quote alone": ("t.csv", b'"', "is empty"),
     "a heading alone": ("t.csv", table([]), "no row"),
     "a byte-order mark": ("t.csv", b"\xef\xbb\xbf" + table(GOOD), "params read from 'N'"),
     "constant loss": ("t.csv", table(trainings(loss=lambda _: 3.0)), "no law can be drawn"),

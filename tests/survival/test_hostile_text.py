@@ -12,7 +12,7 @@ import pytest
 from corpus import byte_mutant, limited, toml_file, tree_mutant
 from toys import command
 
-from bench import config, manifest, manifest_format, registry, steps, verbs
+from bench import config, manifest, manifest_format, manifest_verbs, registry, steps, verbs
 from bench.config import How
 from bench.manifest_format import CROPS, EXTRACTOR, FETCH, HEADER, WEIGHTS, WORLD
 from bench.report import board as boards
@@ -118,7 +118,7 @@ def use_weights(path, again):
 def use_items(path, again):
     rows = manifest_format.read_rows(path)
     if rows:
-        again.write_bytes(manifest._csv_bytes(rows))
+        again.write_bytes(manifest_verbs.csv_bytes(rows))
         assert manifest_format.read_rows(again) == rows
     manifest.load(path.name.removesuffix(".items.csv"))
 
@@ -333,10 +333,10 @@ def test_a_lock_changes_its_own_fields_alone_or_nothing(place, written):
     (place / "data_manifests/odd.items.csv").write_text("id,text\na,one\n")
     if written == "text":
         with pytest.raises(Error, match="cannot be replaced"):
-            manifest.lock("odd")
+            manifest_verbs.lock("odd")
         assert path.read_text() == text
         return
     before = manifest_format.read_header(path)
-    manifest.lock("odd")
+    manifest_verbs.lock("odd")
     after = manifest_format.read_header(path)
     assert {**after, "locked": False} == {**before, "digest": after["digest"]} and after["locked"]

@@ -38,7 +38,7 @@ from bench.report.board import Column, read_board
 from bench.report.fitted import write_finding
 from bench.report.html import environment
 from bench.scores import dump_scores, parse_scores
-from bench.show import columns
+from bench.show import columns, print_run, print_unit
 from bench.store import Store, run_id
 from bench.text import csv_value, mask, plain
 from bench.types import Estimate, Figure, Finding, Record, Score
@@ -534,6 +534,20 @@ def test_every_text_through_every_sink(name, tally, size):
 
 def controls(text):
     return any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in str(text) if c != "\n")
+
+
+def test_a_run_and_its_units_are_shown_without_controls(tmp_path, capsys):
+    """Kinds of failures and ids of units are others' texts, too; and the lines of a trace do not look like ours."""
+    store = Store(tmp_path)
+    for k, text in enumerate(t for t in HOSTILE if len(t) < 1000):
+        error = {"kind": text, "message": text, "trace": text, "hint": text}
+        failed = Record("f" * 32, text, "failed", error=error, code=text)
+        rows = [{"item": f"i{n}", "cluster": f"i{n}", "psnr": 30.0 + n} for n in range(2)]
+        run = add_run(store, f"{k} {text}", rows, metrics={"psnr": (text, "higher")}, failed=failed)
+        print_run(run, slices=True)
+        print_unit(run, text, as_json=False)
+        shown = capsys.readouterr().out
+        assert not controls(shown) and not re.search("^(error|hint): forged", shown, re.M), text
 
 
 # -- cells of CSV

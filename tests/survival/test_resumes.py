@@ -356,6 +356,7 @@ DAMAGED = {  # passed over, and said
     "a list": lambda path: rewritten(path, content=[1, 2]),
     "a pickle that runs": lambda path: rewritten(path, content={"parts": Foreign()}),
     "no archive": lambda path: rewritten_bytes(path, b"PK\x03\x04 nothing"),
+    "a pickle of nothing": lambda path: rewritten_bytes(path, b"\x80\x02u."),
     "losses are no table": lambda path: rewritten(path, lambda c: c.update(losses=torch.zeros(3))),
     "names of other losses": lambda path: rewritten(path, lambda c: c.update(names=["a"])),
     "a link to nowhere": lambda path: (path.unlink(), path.symlink_to("nowhere")),
