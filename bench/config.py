@@ -70,7 +70,7 @@ def resolve_how(plan: Mapping[str, Any], flags: Mapping[str, Any], where: str = 
 def _validate(how: How, origins: Mapping[str, Value]) -> None:
     def refuse(name: str, must: str) -> None:
         v = origins[name]
-        raise UsageError(f"{name} is {v.value!r} ({v.origin}); it must be {must}")
+        raise UsageError(f"{name} is {brief(repr(v.value))} ({v.origin}); it must be {must}")
 
     if how.engine not in ("local", "ray"):
         refuse("engine", "local or ray")

@@ -238,7 +238,7 @@ def unpack(archive: Path, folder: Path, max_files: int, max_bytes: int) -> int:
         door.replace_folder(folder, fill)
     except Error as e:
         cause = e.__cause__
-        if isinstance(cause, OSError) and not cause.filename:  # gzip and lzma report damage so
+        if isinstance(cause, OSError) and cause.errno is None:  # gzip and bz2 report damage so
             raise Error(f"{archive.name} is damaged: {cause}", hint="fetch it again") from None
         raise
     except broken as e:

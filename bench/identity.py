@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,7 +74,7 @@ def fingerprint(weights: str, remember: FileDigests | None = None) -> str:
         return f"commit:{match['repo']}@{match['revision']}" + (f":{match['subfolder']}" if match["subfolder"] else "")
     if not weights:
         raise Error("weights are named by nothing", hint="give a file, a folder, or hf:owner/name@commit")
-    path = Path(weights).expanduser()
+    path = Path(os.path.expanduser(weights))
     hash_file = remember.of if remember else file_digest
     if path.is_file():
         return f"sha256:{hash_file(path)}"

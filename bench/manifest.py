@@ -300,7 +300,7 @@ def package_file(name: str) -> Path:
 
 def _folder(name: str, digests: FileDigests) -> Manifest:
     """The pictures below a folder, hidden names left out; files of other kinds are not pictures and are passed over."""
-    root = Path(name.removeprefix(FOLDER)).expanduser()
+    root = Path(os.path.expanduser(name.removeprefix(FOLDER)))
     if name == FOLDER or not root.is_dir():
         raise UsageError(f"{name}: {root} is not a folder", hint="image-folder:PATH names a folder of pictures")
     rows, refused = [], []

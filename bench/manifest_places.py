@@ -49,7 +49,7 @@ def find(name: str) -> Path:
 
 def data_folder(data_root: Path | None = None) -> Path:
     """Where fetched data lies: the argument, or BENCH_DATA, or ~/.cache/touchstone."""
-    return Path(data_root or os.environ.get("BENCH_DATA") or "~/.cache/touchstone").expanduser()
+    return Path(os.path.expanduser(data_root or os.environ.get("BENCH_DATA") or "~/.cache/touchstone"))
 
 
 def root_of(header: Mapping[str, Any], data_root: Path | None) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from bench.functions import draws, model_of
 from bench.identity import file_digest
 from bench.recipe import Recipe
 from bench.suite import Suite
-from bench.text import say
+from bench.text import brief, say
 from bench.types import Error, UsageError
 
 KINDS = ("suites", "recipes", "adapters", "fits")
@@ -67,7 +68,7 @@ def find(kind: str, name: str) -> Any:
 
         names = sorted({e.name for e in entries(kind)})
         raise UsageError(
-            f"unknown {kind[:-1]} {name!r}",
+            f"unknown {kind[:-1]} {brief(name)!r}",
             hint=closest(name, names) or (f"known: {', '.join(names)}" if names else "none is installed"),
         )
     return load(matching[0])
@@ -106,7 +107,7 @@ def identity(name: str) -> str:
     if not is_path(name):
         return name
     path, _, attribute = name.partition(":")
-    return f"{Path(path).name}:{attribute}@{file_digest(Path(path).expanduser())[:16]}"
+    return f"{Path(path).name}:{attribute}@{file_digest(Path(os.path.expanduser(path)))[:16]}"
 
 
 def is_path(name: str) -> bool:
@@ -116,11 +117,15 @@ def is_path(name: str) -> bool:
 
 def _from_file(name: str) -> Any:
     text, _, attribute = name.partition(":")
-    path = Path(text).expanduser().resolve()
     if not attribute:
-        raise UsageError(f"{name!r} names a file but no object", hint=f"write {text}:Name")
-    if not path.is_file():
-        raise UsageError(f"{text} does not exist")
+        raise UsageError(f"{brief(name)!r} names a file but no object", hint=f"write {brief(text)}:Name")
+    try:
+        path = Path(os.path.expanduser(text)).resolve()
+        there = path.is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, with a zero byte, of a user who is none
+        there = False
+    if not there:
+        raise UsageError(f"{brief(text)} does not exist")
     module = _module(path)
     if not hasattr(module, attribute):
         from bench.text import closest

@@ -286,7 +286,7 @@ def refuse_code(plan: Mapping[str, Any], path: Path, allowed: bool) -> None:
         return
     written = [step["out"] for step in plan.get("train", ())] + [plan.get("how", {}).get("store", "")]
     for place in map(str, written):
-        if Path(place).expanduser().is_absolute() or ".." in Path(place).parts:
+        if Path(os.path.expanduser(place)).is_absolute() or ".." in Path(place).parts:
             raise Error(
                 f"{path} lies outside the working folder and writes to {brief(place)}",
                 hint="copy the plan here if that is meant",

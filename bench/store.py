@@ -15,6 +15,7 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import re
 import stat
 import time
@@ -41,7 +42,7 @@ class Store:
     """A folder of runs and blobs. Nothing in it is ever deleted by the harness."""
 
     def __init__(self, root: str | Path):
-        self.root = Path(root).expanduser()
+        self.root = Path(os.path.expanduser(root))
         if self.root.exists() and not self.root.is_dir():
             raise Error(f"store {self.root} is not a folder", hint="name another one with --store")
 
@@ -208,7 +209,8 @@ def _read_meta(path: Path) -> dict[str, Any]:
         raise Error(f"{path} is damaged: {e}", hint=aside) from None
     written = meta.get("format") if isinstance(meta, dict) else None
     if written is not None and (type(written) is not int or written != FORMAT):
-        raise Error(f"{path} has format {written}; this version reads {FORMAT}", hint="use the version that wrote it")
+        message = f"{path} has format {str(written)[:60]}; this version reads {FORMAT}"
+        raise Error(message, hint="use the version that wrote it")
     needed = {"format": int, "spec": dict, "model": str, "units": int, "items": int, "manifests": list}
     inner = {"suite": str, "suite_version": int, "fields": dict, "seed": int}
     for where, kinds in ((meta, needed), (meta.get("spec") if isinstance(meta, dict) else {}, inner)):

@@ -73,7 +73,7 @@ def open_folder(weights: str) -> Path:
     """
     match = hub_id(str(weights))
     if match is None:
-        folder = Path(resolve(weights)).expanduser()
+        folder = Path(os.path.expanduser(resolve(weights)))
         if not folder.is_dir():
             hint = "give a folder, hf:owner/name@commit, or an embedded checkpoint"
             if EMBEDDED.is_dir() and (names := sorted(p.name for p in EMBEDDED.iterdir() if p.is_dir())):
@@ -92,7 +92,7 @@ def open_folder(weights: str) -> Path:
 
 def _hub_cache() -> Path:
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")).expanduser()
+    return Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")))
 
 
 # -- tensors
@@ -104,7 +104,7 @@ def load_weights(weights: str | Path, pickle: str = "refuse", expected: str | No
     `pickle="allow"` also reads .pt, .pth, .bin and .ckpt: plain tensors only, in a child process. `expected` is the
     SHA-256 (64 hex digits) that the bytes read must have. Raises Error naming the file and the cause.
     """
-    path = Path(resolve(str(weights))).expanduser()
+    path = Path(os.path.expanduser(resolve(str(weights))))
     if path.is_dir():
         found = sorted(path.glob("*.safetensors"))
         if len(found) != 1:
@@ -390,7 +390,7 @@ def _check_config(path: Path, data: bytes) -> None:
             if (plain in CODE_KEYS or key == "_target_") and not (vocabulary and type(inner) is int):
                 raise Error(f"weights {path}: {key[:80]!r} names code", hint="remove the key if the model needs none")
             if plain in ("attnimplementation", "attentionimplementation") and inner not in (None, *ATTENTION):
-                raise Error(f"weights {path}: {key} = {str(inner)[:80]!r} may name a kernel to be fetched")
+                raise Error(f"weights {path}: {key[:80]} = {str(inner)[:80]!r} may name a kernel to be fetched")
             if key == "_class_name":
                 _check_class(path, inner)
     if path.name == "model_index.json":

@@ -39,6 +39,7 @@ def test_each_origin_of_how_beats_the_one_before_it(monkeypatch):
         ({}, {"batch": "0"}, "batch is 0 (flag); it must be at least 1"),
         ({}, {"batch": "1.5"}, "--batch: '1.5' is not a whole number"),
         ({"keep": "some"}, {}, "keep is 'some' (plan); it must be none, sample, all or auto"),
+        ({"keep": "x" * 5000}, {}, f"keep is '{'x' * 96}... (plan); it must be none, sample, all or auto"),
         ({}, {"max_failures": "1.5"}, "max_failures is 1.5 (flag); it must be a share between 0 and 1"),
         ({}, {"max_failures": "nan"}, "--max-failures: 'nan' is not a finite number"),
         ({}, {"unit_timeout": "-1"}, "unit_timeout is -1.0 (flag)"),

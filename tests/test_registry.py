@@ -112,6 +112,10 @@ def test_anything_can_be_named_in_place_and_says_so_once(capsys):
     [
         (TOYS, "suites", "names a file but no object", ":Name"),
         ("nowhere.py:X", "suites", "nowhere.py does not exist", ""),
+        ("~nobody-here/x.py:X", "suites", "~nobody-here/x.py does not exist", ""),
+        ("\0.py:X", "suites", "does not exist", ""),
+        (f"{'a' * 300}.py:X", "suites", "aaa... does not exist", ""),
+        ("a" * 300, "suites", "aaa...'", ""),
         (f"{TOYS}:Drawnig", "suites", "has no 'Drawnig'", "did you mean Drawing"),
         (f"{TOYS}:Painter", "suites", "not a class derived from bench.Suite", "class"),
         (f"{TOYS}:Drawing", "recipes", "not a class derived from bench.Recipe", "class"),
@@ -234,3 +238,16 @@ def test_a_foreign_package_called_suites_is_reported_at_start(tmp_path):
 def test_the_example_of_the_readme_by_its_name(tmp_path):
     done = command(tmp_path, "score", "nose", "--model", "toy")
     assert done.code == 2 and done.err == "error: unknown suite 'nose'\n\nhint: did you mean noise?\n"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("score", "noise", "--model", "vae", "-m", "weights=~nobody-here/x"),
+        ("data", "verify", "image-folder:~nobody-here/x"),
+        ("score", "noise", "--model", "folder-of-images", "-m", "path=~nobody-here/x"),
+    ],
+)
+def test_the_home_of_nobody_is_refused_in_words(tmp_path, argv):
+    done = command(tmp_path, *argv)
+    assert done.code in (1, 2) and "~nobody-here/x" in done.err and "Traceback" not in done.err

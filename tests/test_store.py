@@ -234,6 +234,7 @@ def test_whole_lines_before_a_torn_one_that_lost_their_newlines_are_kept(run):
         (b"\xff\xfe", "is damaged"),
         (b"[" * 100_000, "is damaged"),
         (b'{"format": 999}', "has format 999; this version reads 1"),
+        (b'{"format": "' + b"9" * 5000 + b'"}', "has format 9{60}; this version"),
         (b'{"format": 1}', "it has no spec"),
         (b'{"format": 1, "spec": [], "model": "m"}', "it has no spec"),
         (json.dumps({"format": 1, "spec": SPEC, **META, "manifests": [1]}).encode(), "manifests are no tables"),

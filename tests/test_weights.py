@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import time
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,7 @@ def test_an_honest_folder_passes(good):
         ("config.json", {"_class_name": "MyVAE"}, "_class_name"),
         ("config.json", {"a": {"_class_name": "MyVAE"}}, "_class_name"),
         ("config.json", {"attn_implementation": "someone/kernel"}, "kernel"),
+        ("config.json", {"attn_implementation" + "[" * 5000: "someone/kernel"}, r"n\[{61} = 'someone/kernel' may"),
         ("model_index.json", {"vae": ["evil", "VAE"]}, "evil"),
         ("model_index.json", {"vae": ["../evil", "VAE"]}, "evil"),
         ("model_index.json", {"vae": [["a"], "VAE"]}, "library, class"),
@@ -141,6 +143,15 @@ def test_a_configuration_that_leads_elsewhere_is_refused(good, name, content, ca
     (good / name).write_text(json.dumps(content))
     with pytest.raises(Error, match=cause):
         check_folder(good)
+
+
+def test_a_configuration_that_names_ten_thousand_classes_is_read_in_time(good):
+    classes = [{"_class_name": "AutoencoderKL"}] * 10_000
+    (good / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", "parts": classes}))
+    check_folder(good)
+    begin = time.process_time()
+    check_folder(good)
+    assert time.process_time() - begin < 1
 
 
 def test_json_that_two_readers_may_read_differently_is_refused(good):

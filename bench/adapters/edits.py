@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def match(part: str, network: Any, tensors: Mapping[str, Tensor], source: str, w
 
 def _read(part: str, source: str, pickle: str) -> tuple[dict[str, Tensor], bool]:
     """The tensors of a file or folder, and whether they should be those of a whole network."""
-    path = Path(resolve(str(source))).expanduser()
+    path = Path(os.path.expanduser(resolve(str(source))))
     if not hub_id(str(source)) and not path.is_dir():
         return load_weights(path, pickle), False
     folder = open_folder(str(source))
@@ -237,7 +238,7 @@ def _read_lora(source: str, pickle: str) -> tuple[dict[str, Tensor], Any]:
     """The tensors, and a function (part, rank, alpha in the file or None) -> the factor of up @ down."""
     from safetensors import safe_open
 
-    path = Path(resolve(str(source))).expanduser()
+    path = Path(os.path.expanduser(resolve(str(source))))
     settings: dict[str, Any] = {}
     if hub_id(str(source)) or path.is_dir():
         folder = open_folder(str(source))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ class FolderOfImages:
     """
 
     def __init__(self, path: Path, prompts: Path | None = None, *, device: str = "cpu"):
-        self.folder = Path(path).expanduser()
+        self.folder = Path(os.path.expanduser(path))
         if not self.folder.is_dir():
             raise UsageError(f"path = {path} is not a folder", hint="-m path=FOLDER names a folder of pictures")
         self._names = images.files(self.folder)
@@ -46,7 +47,7 @@ class FolderOfImages:
         if prompts is None:
             self.generate = None  # no capability without prompts
         else:
-            self._by_prompt = _read_prompts(Path(prompts).expanduser(), self._known)
+            self._by_prompt = _read_prompts(Path(os.path.expanduser(prompts)), self._known)
             self._asked: dict[str, int] = {}  # name of a prompt's only picture -> seed that it was given for
 
     def names(self) -> Sequence[str]:

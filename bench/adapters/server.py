@@ -158,7 +158,7 @@ def _key(credential: str) -> str:
         return ""
     if credential.startswith("file:"):
         try:
-            key = Path(credential[5:]).expanduser().read_text("utf-8").strip()
+            key = Path(os.path.expanduser(credential[5:])).read_text("utf-8").strip()
         except (OSError, ValueError) as e:
             reason = getattr(e, "strerror", "") or type(e).__name__
             raise Error(f"endpoint: the file that credential names cannot be read: {reason}") from None

@@ -196,11 +196,18 @@ def count(module: Any, *inputs: Any, backward: bool = False) -> int:
     Inputs of floats get gradients, too: 3 times forward counts them, although the first layer of a training saves
     them.
     """
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.ops import aten
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+    on_cpu = {  # torch 2.6 does not count it
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
     if backward:
         inputs = tuple(x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
         out = module(*inputs)
         if backward:
             out.sum().backward()

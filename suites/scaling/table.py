@@ -102,6 +102,7 @@ FEWEST = 4  # sizes of what is called a budget where computes are scattered
 TWIN = 0.01  # in ln N: closer rows of one budget are the same size
 FEW_VALUES = 40  # of a column of text: with more it names runs rather than kinds of them
 LONGEST_CELL = 100_000  # characters
+LONGEST_HEADING = 200  # characters; messages name columns
 MOST_CELLS = 20_000_000  # what a file may hold
 LARGEST = 1e60  # beyond it, and below its inverse, products and squares leave what a float can hold
 
@@ -240,13 +241,23 @@ def _from_csv(text: str, path: Path) -> list[dict[str, Any]]:
         raise TableError(f"{path} holds more than {MOST_CELLS:,} cells")
     twice = {name for name in header if header.count(name) > 1}
     if twice:
-        raise TableError(f"{path}: the column {sorted(twice)[0]!r} stands twice; rename one")
+        raise TableError(f"{path}: the column {brief(sorted(twice)[0])!r} stands twice; rename one")
     if len(lines) < 2:
         raise TableError(f"{path} has a heading and no row")
     for i, line in enumerate(lines[1:], 1):
         if len(line) != len(header):
             raise TableError(f"{path}: row {i} has {len(line)} cells under {len(header)} headings")
     return [dict(zip(header, line, strict=True)) for line in lines[1:]]
+
+
+def brief(text: str, limit: int = 100) -> str:
+    """What a table holds, for a message: its beginning."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names for a message, cut where they are many or long."""
+    return brief(", ".join(names), 300)
 
 
 def _key(heading: str) -> str:
@@ -279,7 +290,7 @@ def recognise(
         if name not in names:
             raise TableError(f"{name!r} is no column of such a table: {', '.join(names)}")
         if heading not in headings:
-            raise TableError(f"there is no column {heading!r}; the columns are {', '.join(headings)}")
+            raise TableError(f"there is no column {heading!r}; the columns are {_listed(headings)}")
         found[name] = (heading, _split_unit(heading)[1])
     taken = {heading for heading, _ in found.values()}
     for name, accepted in names.items():
@@ -351,6 +362,8 @@ def ingest(
         raise TableError("the table has no rows")
     notes: list[str] = []
     headings = list(dict.fromkeys(h for row in rows for h in row))
+    if long := [h for h in headings if len(h) > LONGEST_HEADING]:
+        raise TableError(f"the heading {brief(long[0])!r} has {len(long[0]):,} characters; at most {LONGEST_HEADING}")
     known = recognise(headings, columns)
     numbers = list(range(1, len(rows) + 1))
     dropped: list[Dropped] = []
@@ -365,21 +378,21 @@ def ingest(
     kept = list(range(len(rows)))
     for heading, text in (where or {}).items():
         if heading not in headings:
-            raise TableError(f"there is no column {heading!r}; the columns are {', '.join(headings)}")
+            raise TableError(f"there is no column {heading!r}; the columns are {_listed(headings)}")
         left = [i for i in kept if str(rows[i].get(heading)) == text]
         if not left:
             values = sorted({str(rows[i].get(heading)) for i in kept})
-            raise TableError(f"no row has {heading} = {text!r}; it holds {', '.join(values[:8])}")
+            raise TableError(f"no row has {heading} = {text!r}; it holds {_listed(values[:8])}")
         kept = left
     if len(kept) < len(rows):
         notes.append(f"{len(rows) - len(kept)} of {len(rows)} rows left out by the selection")
     if "loss" not in known:
-        raise TableError(f"no column is a loss; name it with loss=COLUMN. The columns are {', '.join(headings)}")
+        raise TableError(f"no column is a loss; name it with loss=COLUMN. The columns are {_listed(headings)}")
     have = [name for name in ("params", "tokens", "flops") if name in known]
     if len(have) < 2:
         raise TableError(
             f"two of params, tokens and flops are needed; recognised: {', '.join(have) or 'none'} "
-            f"among {', '.join(headings)}"
+            f"among {_listed(headings)}"
         )
     numeric = [n for n in ("loss", *have, "budget", "lr", "loss_sd", "warmup_tokens") if n in known]
     values = {name: np.full(len(rows), np.nan) for name in numeric}
@@ -430,7 +443,7 @@ def ingest(
         conditions = sorted({str(rows[i].get(known["condition"][0])) for i in kept})
         if len(conditions) > 1:
             raise TableError(
-                f"the table holds {len(conditions)} conditions ({', '.join(conditions[:4])}), each with a law of its "
+                f"the table holds {len(conditions)} conditions ({_listed(conditions[:4])}), each with a law of its "
                 f"own; choose one with where {known['condition'][0]}=…"
             )
     mixed = _mixed(rows, kept, values, [h for h in headings if h not in {heading for heading, _ in known.values()}])
@@ -447,7 +460,7 @@ def ingest(
         drop(i, f"one of the {drop_highest} highest losses, left out as asked")
         kept.remove(i)
     if not kept:
-        raise TableError(f"no row can be used: {_summary(dropped)}")
+        raise TableError(f"no row can be used: {brief(_summary(dropped), 600)}")
     index = np.array(kept)
     log_c = np.log(values["flops"][index])
     given = "budget" in known and np.isfinite(values["budget"][index]).all()

@@ -1,6 +1,7 @@
 """Archives made to escape, to swell or to deceive: refused whole, nothing outside, the folder as it was before."""
 
 import contextlib
+import errno
 import gzip
 import io
 import os
@@ -15,6 +16,7 @@ from corpus import toml_file
 from test_data_fetch import CONTENT, zipped
 from toys import command
 
+from bench import fetch
 from bench.fetch import unpack
 from bench.types import Error
 
@@ -231,3 +233,17 @@ def test_good_archives_are_unpacked_byte_for_byte(pack, tmp_path):
     archive.write_bytes(pack(*members))
     assert unpack(archive, folder, max_files=3, max_bytes=len(CONTENT) + 1) == 3
     assert {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == dict(members)
+
+
+def test_a_full_disk_is_no_damaged_archive(tmp_path, monkeypatch):
+    archive = tmp_path / "good.zip"
+    archive.write_bytes(zipped(("a.png", CONTENT)))
+
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a file's write does: it names none
+
+    monkeypatch.setattr(fetch, "open", lambda *args: Full(), raising=False)
+    with pytest.raises(Error, match="No space left on device"):
+        unpack(archive, tmp_path / "out", 10, 10**6)
+    assert not (tmp_path / "out").exists()

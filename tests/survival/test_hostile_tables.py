@@ -57,6 +57,13 @@ AS_JSON = [dict(zip(HEAD, row, strict=True)) for row in GOOD]
 BY_HAND = {
     "empty": ("t.csv", b"", "is empty"),
     "a quote alone": ("t.csv", b'"', "is empty"),
+    "a heading of a thousand characters": ("t.csv", table(GOOD, (*HEAD[:3], "x" * 1000)), "has 1,000 characters"),
+    "a thousand headings": ("t.csv", table([range(1000)] * 2, [f"column-{i}" for i in range(1000)]), "is a loss"),
+    "a thousand losses that are none": (
+        "t.csv",
+        table([[*r[:3], -1 - i / 7] for i, r in enumerate(GOOD * 70)]),
+        "no row can be used",
+    ),
     "a heading alone": ("t.csv", table([]), "no row"),
     "a byte-order mark": ("t.csv", b"\xef\xbb\xbf" + table(GOOD), "params read from 'N'"),
     "constant loss": ("t.csv", table(trainings(loss=lambda _: 3.0)), "no law can be drawn"),

@@ -129,7 +129,8 @@ def test_what_is_left_in_a_lock_file_hinders_nobody(memory, quick, tally, left):
     assert passed
 
 
-def test_the_one_that_is_named_holds_the_lock_now(memory, tally):
+@pytest.mark.parametrize("host", [HOST, "elsewhere"])
+def test_the_one_that_is_named_holds_the_lock_now(memory, tally, host):
     """A process took the lock and has not yet written its name: the one before it is not named in its stead."""
     path = memory / "units.lock"
     with door.lock(path, "run x"):
@@ -151,7 +152,7 @@ def test_the_one_that_is_named_holds_the_lock_now(memory, tally):
         # the lock is held under the text of a process that has ended
         ended, ended_reader = in_child(lambda ack: 0)
         outcome(ended, ended_reader)
-        path.write_text(stale.replace(str(os.getpid()), str(ended)))
+        path.write_text(stale.replace(str(os.getpid()), str(ended)).replace(HOST, host))
         pid, reader = in_child(work)
         os.read(reader, len("locked\n"))
         os.write(open_gate, b"g")
@@ -161,6 +162,43 @@ def test_the_one_that_is_named_holds_the_lock_now(memory, tally):
         outcome(pid, reader)
     with door.lock(path, "run x"):
         pass
+    tally("two writers", 1, 1)
+
+
+@pytest.mark.parametrize("options", ["rw,vers=3,local_lock=all", "rw,vers=4.2,local_lock=none"])
+def test_where_a_mount_says_that_locks_are_of_this_host_alone_a_name_is_the_lock(memory, monkeypatch, tally, options):
+    path, mounts = memory / "units.lock", memory / "mountinfo"
+    device = os.stat(memory).st_dev
+    mounts.write_text(f"65 40 {os.major(device)}:{os.minor(device)} / /mnt/disk rw,relatime - nfs server:/ {options}\n")
+    monkeypatch.setattr(door, "Path", lambda name: mounts if name == "/proc/self/mountinfo" else Path(name))
+    with door.lock(path, "run x"):
+        made = path.with_suffix(".exclusive").exists()
+    passed = made == options.endswith("all") and not path.with_suffix(".exclusive").exists()
+    tally("two writers", int(passed), 1)
+    assert passed
+
+
+@pytest.mark.parametrize("text", ["", "elsewhere pid 7 boot/1"])
+def test_who_holds_a_lock_by_name_is_named_as_far_as_it_is_known(memory, monkeypatch, tally, text):
+    monkeypatch.setattr(door, "_only_here", lambda fd: True)
+    (memory / "units.exclusive").write_text(text)
+    named = r"is being written by (another process|elsewhere pid 7)$"
+    with pytest.raises(Error, match=named) as caught, door.lock(memory / "units.lock", "run x"):
+        pass
+    tally("two writers", int("units.exclusive" in caught.value.hint), 1)
+    assert "units.exclusive" in caught.value.hint
+
+
+def test_a_log_is_locked_while_it_is_written(memory, tally):
+    """So NFS refuses what a host writes that was cut off, when its locks were given to another meanwhile."""
+    import fcntl
+
+    log = door.Appender(memory / "units.jsonl")
+    with open(memory / "units.jsonl", "rb") as file:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        log.close()
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     tally("two writers", 1, 1)
 
 
