@@ -245,7 +245,7 @@ def test_the_example_of_the_readme_by_its_name(tmp_path):
     [
         ("score", "noise", "--model", "vae", "-m", "weights=~nobody-here/x"),
         ("data", "verify", "image-folder:~nobody-here/x"),
-        ("score", "noise", "--model", "folder-of-images", "-m", "path=~nobody-here/x"),
+        ("score", "images", "--model", "folder-of-images", "-m", "path=~nobody-here/x"),
     ],
 )
 def test_the_home_of_nobody_is_refused_in_words(tmp_path, argv):

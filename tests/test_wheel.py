@@ -44,7 +44,7 @@ def test_listing_from_the_wheel(unpacked, tmp_path):
 
 
 def test_manifests_come_from_the_wheel(unpacked, tmp_path):
-    code = "import bench; from bench.manifest_places import folders; print(bench.__file__); print(*folders(), sep='\\n')"
+    code = "import bench; from bench.manifest_places import folders; print(bench.__file__, *folders(), sep='\\n')"
     done = run(unpacked, tmp_path, "-c", code)
     assert done.stdout.splitlines() == [
         str(unpacked / "bench/__init__.py"),

@@ -16,7 +16,7 @@ from bench.capabilities import Scalable
 from bench.suite import Suite
 from bench.types import Error, Estimate, Figure, Finding, Table, Unit, UsageError, Weights
 
-SAMPLED = {  # headings of a table of sampled checkpoints, as in suites.scaling.table.NAMES
+SAMPLED = {  # headings of a table of sampled checkpoints, as in suites.scaling.columns.NAMES
     "run_id": ("runid", "run", "runname", "name", "checkpoint", "model"),
     "guidance": ("guidance", "cfg", "cfgscale", "guidancescale", "w"),
     "loss": ("loss", "valloss", "validationloss", "evalloss", "testloss"),
@@ -172,7 +172,8 @@ class ScalingFit:
     def __call__(self, rows: Path | Sequence[Mapping[str, Any]], source: str, args: Namespace) -> Finding:
         """Fits a file or rows. Raises Error for a table that cannot be used, UsageError for an unknown name."""
         from suites.scaling import analysis, fit
-        from suites.scaling.table import KAPPA, TableError, dropped_lines, ingest, read_rows
+        from suites.scaling.columns import TableError, read_rows
+        from suites.scaling.table import KAPPA, dropped_lines, ingest
 
         if args.resamples < 2:
             raise UsageError(f"--resamples {args.resamples} must be 2 or more")
@@ -280,7 +281,7 @@ class LossFid:
     def __call__(self, rows: Path | Sequence[Mapping[str, Any]], source: str, args: Namespace) -> Finding:
         """Rows are checkpoints sampled at one guidance scale each. Raises Error for a table that cannot be used."""
         from suites.scaling import figures
-        from suites.scaling.table import TableError, number, read_rows, recognise
+        from suites.scaling.columns import TableError, number, read_rows, recognise
         from suites.shared import correlation
 
         if args.resamples < 100:

@@ -57,7 +57,7 @@ with instrumented:
     from bench.scores import COLUMNS
     from bench.types import Error, Stop
     from suites.generation import geneval
-    from suites.scaling import isoflop, table
+    from suites.scaling import columns, isoflop, table
 
 SECONDS = 1.0  # of the processor, for one input
 LONGEST = 8192  # bytes of an input: enough to nest deeper than Python does, and for longer numbers
@@ -483,9 +483,9 @@ def tables(data):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", RuntimeWarning)
-                runs = table.ingest(table.read_rows(name))
+                runs = table.ingest(columns.read_rows(name))
                 found = isoflop.profiles(runs, kappa=None)
-        except (table.TableError, Error) as e:
+        except (columns.TableError, Error) as e:
             assert 0 < len(str(e)) < 1000, str(e)[:300]
             continue
         for column in (runs.params, runs.tokens, runs.flops, runs.loss, runs.budget):

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from suites.scaling import analysis, isoflop, laws, planner, resample, solver
+from suites.scaling.columns import read_rows
 from suites.scaling.fit import Surface, fit_surface, prepare
-from suites.scaling.table import ingest, read_rows
+from suites.scaling.table import ingest
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "scaling"
 TRUTH = Surface(1.69, 406.4, 410.7, 0.34, 0.28)

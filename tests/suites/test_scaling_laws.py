@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from suites.scaling import analysis, flops, laws, resample
+from suites.scaling.columns import TableError, number, read_rows, recognise
 from suites.scaling.fit import Surface, fit_surface
 from suites.scaling.isoflop import corrected, corrected_vertex, envelope, fieller, line, parabola, profiles
-from suites.scaling.table import TableError, cluster_budgets, dropped_lines, ingest, number, read_rows, recognise
+from suites.scaling.table import cluster_budgets, dropped_lines, ingest
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "scaling"
 TRUTH = Surface(1.69, 406.4, 410.7, 0.34, 0.28)

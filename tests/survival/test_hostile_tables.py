@@ -17,9 +17,10 @@ from toys import command
 from bench import registry
 from bench.types import Error
 from suites.scaling.analysis import resample_profiles
+from suites.scaling.columns import TableError, read_rows
 from suites.scaling.fit import Surface
 from suites.scaling.isoflop import profiles
-from suites.scaling.table import TableError, ingest, read_rows
+from suites.scaling.table import ingest
 
 SEED = 7
 TRUTH = Surface(1.69, 406.4, 410.7, 0.34, 0.28)

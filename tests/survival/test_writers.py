@@ -144,6 +144,7 @@ def test_the_one_that_is_named_holds_the_lock_now(memory, tally, host):
             fcntl.flock(fd, fcntl.LOCK_EX)
             ack("locked")
             os.read(gate, 1)
+            time.sleep(0.1)  # the other looks before the name is there
             os.ftruncate(fd, 0)
             started = door._started(os.getpid())
             os.write(fd, f"{HOST} pid {os.getpid()}\n{started}\n".encode())
