@@ -106,6 +106,7 @@ def carry_out(
         meta = {**plan.meta, **(extra_meta or {}), **_provenance(), "started": utc()}
         return store.open(plan.spec, meta, fresh=fresh)
 
+    seen = _written(run) if run else {}
     records = run.records() if run else {}
     pending = run.pending(mine, records) if run else list(mine)
     attempts = {r.key: r.attempt for r in records.values()}
@@ -141,7 +142,7 @@ def carry_out(
                 _try_two_items(pending[0], measure, work.model)
             run = begun()
             observer.begin(run, mine, pending)
-            _record(run, measure, pending, attempts, shard, how, observer, code_digest(type(plan.suite)))
+            _record(run, measure, pending, seen, attempts, shard, how, observer, code_digest(type(plan.suite)))
     else:
         run = run or begun()  # a shard that holds no unit may be the first to come
         observer.begin(run, mine, pending)
@@ -179,28 +180,35 @@ def _elsewhere(engine: Engine) -> bool:
     return not isinstance(engine, LocalEngine) or engine.processes or len(engine.devices) > 1
 
 
+def _written(run: Run) -> dict[str, int]:
+    return {path: size for path, size in run.sizes().items() if size}
+
+
 def _record(
     run: Run,
     measure: Measure,
     pending: Sequence[Unit],
+    seen: Mapping[str, int],
     attempts: Mapping[str, int],
     shard: str,
     how: How,
     observer: Observer,
     code: str,
 ) -> None:
-    """Appends a record for each pending unit; stops early when too many fail.
+    """Appends a record for each unit that was pending when the logs were as `seen`; stops early when too many fail.
 
     Records that are ready together are made durable together, before any of their workers is given another unit.
     What comes twice is ignored; what other code measured stops the run.
     """
     from bench.records import record_line
 
-    allowed = max(LEAST_FAILURES, how.max_failures * len(pending))
-    awaited = {run.key(u): u for u in pending}
-    ordered = sorted(pending, key=lambda u: -u.cost)  # longest first; equal ones keep their order
-    done = failed = 0
     with run.writer(shard, observer.say) as log:
+        if _written(run) != seen:  # another process was at it before the lock was ours
+            pending = run.pending(pending)
+        allowed = max(LEAST_FAILURES, how.max_failures * len(pending))
+        awaited = {run.key(u): u for u in pending}
+        ordered = sorted(pending, key=lambda u: -u.cost)  # longest first; equal ones keep their order
+        done = failed = 0
         for group in measure(ordered):
             new = {r.key: r for r in reversed(group) if r.key in awaited}  # of two the first
             records = [replace(r, attempt=r.attempt + attempts.get(r.key, 0)) for r in reversed(new.values())]

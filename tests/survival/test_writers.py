@@ -11,6 +11,7 @@ import pytest
 from faults import Acks, Wordy, in_child, lines_of, measure, outcome, the_run, truth
 
 from bench import door
+from bench.store import Run
 from bench.types import Error
 
 SUITE = Wordy(num=8)
@@ -81,6 +82,25 @@ def test_two_processes_start_on_one_shard(memory, quick, tally, trials):
     tally("two writers", goal - len(failures), goal)
     print(f"the one that is refused knows it after {sorted(waits)[goal // 2]:.3f} s, at most {max(waits):.3f} s")
     assert not failures, failures[:3]
+
+
+def test_what_another_finished_before_the_lock_is_not_measured_again(memory, quick, tally, monkeypatch):
+    calm = measure(memory / "whole", SUITE)
+    measure(memory / "store", SUITE, shard="0/2")
+    check_free, begun = Run.check_free, []
+
+    def overtaken(run, shard):
+        check_free(run, shard)
+        if not begun:
+            begun.append(run)
+            measure(memory / "store", SUITE)
+
+    monkeypatch.setattr(Run, "check_free", overtaken)
+    run = measure(memory / "store", SUITE)
+    same = truth(run) == truth(calm) and len(lines_of(run)) == len(truth(calm))
+    same = same and (run.path / "scores.csv").read_bytes() == (calm.path / "scores.csv").read_bytes()
+    tally("two writers", int(same), 1)
+    assert begun and same
 
 
 def test_eight_processes_on_eight_shards(memory, quick, tally):
