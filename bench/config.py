@@ -121,7 +121,7 @@ def build(
         elif f.default_factory is not dataclasses.MISSING:
             origins[f.name] = Value(f.default_factory(), "default")
         else:
-            raise UsageError(f"{name} needs {f.name}", hint=f"-p {f.name}=…")
+            raise _lacking(name, f.name, "-p", where)
     try:
         return cls(**{k: v.value for k, v in origins.items()}), origins
     except (ValueError, TypeError) as e:  # a suite's own __post_init__
@@ -143,6 +143,12 @@ class Arguments:
     weights: frozenset[str] = frozenset()  # names of `what` that are weights
     origins: dict[str, Value] = field(default_factory=dict)
     takes_device: bool = False
+
+
+def _lacking(what: str, name: str, flag: str, where: str) -> UsageError:
+    if where == "plan":  # there is none
+        return UsageError(f"{what} needs {name}", hint=f"{flag} {name}=…")
+    return UsageError(f"{where}: {what} needs {name}", hint=f"{name} = … there, or {flag} {name}=…")
 
 
 def bind(
@@ -176,7 +182,7 @@ def bind(
         elif parameter.default is not parameter.empty:
             value, origin = _default(parameter.default, kind), "default"
         else:
-            raise UsageError(f"adapter {name!r} needs {p}", hint=f"-m {p}=…")
+            raise _lacking(f"adapter {name!r}", p, "-m", where)
         if parameter.kind is parameter.KEYWORD_ONLY:
             if origin != "default":
                 how[p] = value

@@ -154,6 +154,8 @@ def test_a_suite_is_built_with_the_origin_of_each_value():
 def test_a_field_that_is_missing_or_refused_by_the_suite_is_a_usage_error():
     with pytest.raises(UsageError, match="rich needs needed"):
         build(Rich, {}, {})
+    with pytest.raises(UsageError, match=r"^p.toml: rich needs needed"):
+        build(Rich, {}, {}, "p.toml")
     with pytest.raises(UsageError, match="rich: needed is negative"):
         build(Rich, {}, {"needed": "-1"})
     with pytest.raises(Error, match="not a dataclass"):
@@ -173,6 +175,9 @@ def test_a_factory_with_a_needed_argument_or_no_signature():
 
     with pytest.raises(UsageError, match="adapter 'f' needs path"):
         bind(needs, "f", {}, {})
+    with pytest.raises(UsageError, match="^p.toml: adapter 'f' needs path") as caught:
+        bind(needs, "f", {}, {}, "p.toml")
+    assert "path = …" in caught.value.hint
     bound = bind(needs, "f", {}, {"path": "x", "device": "cpu"})
     assert bound.weights == {"path"} and bound.takes_device  # a file that is named counts by its bytes
     with pytest.raises(Error, match="no readable signature"):
