@@ -175,7 +175,7 @@ def test_a_factory_with_a_needed_argument_or_no_signature():
 
     with pytest.raises(UsageError, match="adapter 'f' needs path"):
         bind(needs, "f", {}, {})
-    with pytest.raises(UsageError, match="^p.toml: adapter 'f' needs path") as caught:
+    with pytest.raises(UsageError, match=r"^p.toml: adapter 'f' needs path") as caught:
         bind(needs, "f", {}, {}, "p.toml")
     assert "path = …" in caught.value.hint
     bound = bind(needs, "f", {}, {"path": "x", "device": "cpu"})
