@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import ipaddress
 import lzma
@@ -237,8 +238,8 @@ def unpack(archive: Path, folder: Path, max_files: int, max_bytes: int) -> int:
     try:
         door.replace_folder(folder, fill)
     except Error as e:
-        cause = e.__cause__
-        if isinstance(cause, OSError) and cause.errno is None:  # gzip and bz2 report damage so
+        cause = e.__cause__  # gzip and bz2 report damage without a number, zip seeks before the beginning
+        if isinstance(cause, OSError) and not cause.filename and cause.errno in (None, errno.EINVAL):
             raise Error(f"{archive.name} is damaged: {cause}", hint="fetch it again") from None
         raise
     except broken as e:

@@ -235,6 +235,15 @@ def test_good_archives_are_unpacked_byte_for_byte(pack, tmp_path):
     assert {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == dict(members)
 
 
+def test_an_offset_before_the_beginning_is_damage(tmp_path):
+    data = zipped(("a.png", CONTENT))
+    end = data.rindex(b"PK\5\6")
+    offset = int.from_bytes(data[end + 16 : end + 20], "little") + 1000
+    (tmp_path / "odd.zip").write_bytes(data[: end + 16] + offset.to_bytes(4, "little") + data[end + 20 :])
+    with pytest.raises(Error, match=r"odd.zip is damaged"):
+        unpack(tmp_path / "odd.zip", tmp_path / "out", 10, 10**6)
+
+
 def test_a_full_disk_is_no_damaged_archive(tmp_path, monkeypatch):
     archive = tmp_path / "good.zip"
     archive.write_bytes(zipped(("a.png", CONTENT)))
