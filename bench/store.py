@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import itertools
 import json
@@ -43,8 +44,14 @@ class Store:
 
     def __init__(self, root: str | Path):
         self.root = Path(os.path.expanduser(root))
-        if self.root.exists() and not self.root.is_dir():
-            raise Error(f"store {self.root} is not a folder", hint="name another one with --store")
+        try:
+            is_folder = stat.S_ISDIR(os.stat(self.root).st_mode)
+        except (OSError, ValueError) as e:
+            if getattr(e, "errno", None) == errno.ENAMETOOLONG:  # what is missing is made
+                raise
+        else:
+            if not is_folder:
+                raise Error(f"store {self.root} is not a folder", hint="name another one with --store")
 
     # -- runs
 

@@ -168,9 +168,10 @@ def test_transport_maps_one_covariance_to_the_other(condition, tolerance):
 def test_rounding_below_zero_is_cut_and_kept():
     s1, _, _ = known_pair(64, 1e14)
     zero = np.zeros(64)
-    raw = min(raw_distance(zero, c * s1, zero, c * s1, strict)[0] for c in (1.0, 3.0, 7.0) for strict in (0, 1))
+    scales = [1 + i / 7 for i in range(40)]  # where rounding falls depends on the library of linear algebra
+    raw = min(raw_distance(zero, c * s1, zero, c * s1, strict)[0] for c in scales for strict in (0, 1))
     assert raw < 0  # else this test shows nothing
-    assert all(frechet_distance(zero, c * s1, zero, c * s1) >= 0 for c in (1.0, 3.0, 7.0))
+    assert all(frechet_distance(zero, c * s1, zero, c * s1) >= 0 for c in scales)
 
 
 @pytest.mark.parametrize(
