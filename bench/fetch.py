@@ -22,6 +22,7 @@ from urllib.parse import urljoin, urlsplit
 
 from bench import door
 from bench.identity import file_digest, hub_id
+from bench.text import brief
 from bench.types import Error, UsageError
 
 Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all where known
@@ -240,10 +241,10 @@ def unpack(archive: Path, folder: Path, max_files: int, max_bytes: int) -> int:
     except Error as e:
         cause = e.__cause__  # gzip and bz2 report damage without a number, zip seeks before the beginning
         if isinstance(cause, OSError) and not cause.filename and cause.errno in (None, errno.EINVAL):
-            raise Error(f"{archive.name} is damaged: {cause}", hint="fetch it again") from None
+            raise Error(f"{archive.name} is damaged: {brief(cause)}", hint="fetch it again") from None
         raise
     except broken as e:
-        raise Error(f"{archive.name} is damaged or of an unknown kind: {e}", hint="fetch it again") from None
+        raise Error(f"{archive.name} is damaged or of an unknown kind: {brief(e)}", hint="fetch it again") from None
     return count
 
 

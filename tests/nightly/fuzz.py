@@ -273,8 +273,12 @@ def use(read, path: Path, data: bytes) -> None:
         read(path, Path("data_manifests/again.toml").resolve())
     except Error as e:
         told = f"{e}\n{e.hint}"
-        words = re.findall(r"[\w.-]+", data.decode("utf-8", "replace"))
-        own = {"nested too deeply", *(w if len(w) > 1 else repr(w) for w in words)}
+        text = data.decode("utf-8", "replace")
+        own = {
+            "nested too deeply",
+            *re.findall(r"[\w.-]{2,}", text),
+            *(q for q in re.findall("'[^']+'", told) if q[1:-1] in text),
+        }
         placed = texts.located(told, path, texts.WORDS) or (path.name in told and any(word in told for word in own))
         placed = placed or "cannot be read: " in told or " needs " in told  # what a board or a plan names
         assert len(told) <= 2000 and placed, told

@@ -244,6 +244,16 @@ def test_an_offset_before_the_beginning_is_damage(tmp_path):
         unpack(tmp_path / "odd.zip", tmp_path / "out", 10, 10**6)
 
 
+def test_a_name_of_64_kilobytes_is_cut_in_the_message(tmp_path):
+    data = zipped(("a" * 60_000, CONTENT))
+    (tmp_path / "odd.zip").write_bytes(
+        data.replace(b"a" * 60_000, b"b" * 60_000, 1)
+    )  # in the header, not the directory
+    with pytest.raises(Error) as caught:
+        unpack(tmp_path / "odd.zip", tmp_path / "out", 10, 10**6)
+    assert len(str(caught.value)) < 400
+
+
 def test_a_full_disk_is_no_damaged_archive(tmp_path, monkeypatch):
     archive = tmp_path / "good.zip"
     archive.write_bytes(zipped(("a.png", CONTENT)))
